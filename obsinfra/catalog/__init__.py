@@ -1,0 +1,1 @@
+"""The tables on the ground floor: every metric, every alert, every action, once. Plain data."""

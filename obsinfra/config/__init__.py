@@ -1,0 +1,1 @@
+"""Every setting, once, and how its value is found: flag > environment > file > default."""

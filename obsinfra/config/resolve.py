@@ -1,0 +1,169 @@
+"""Finding each setting's value and remembering where it came from.
+
+pydantic validates; the merge is our own because `obsinfra config show` must name the origin of each value.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from obsinfra.config.settings import Settings, environment_names
+from obsinfra.errors import ConfigError
+
+DEFAULT_FILE = Path("obsinfra.toml")
+"""Read from the working folder when present and no other file is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings and the origin of each value.
+
+    Attributes:
+        settings: the validated values.
+        origins: field → `flag --batch-size`, `env BATCH_SIZE`, `file obsinfra.toml`, `run X` or `default`.
+    """
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dict of settings.
+
+    Raises:
+        ConfigError: absent, unreadable or malformed.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no configuration file {path}", "an existing TOML file", "correct --config"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", "a readable TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}", "key = value lines", "correct that line") from error
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    run_config: Path | None = None,
+) -> Resolved:
+    """Merge flag > environment > file > resumed run > default, then validate.
+
+    Args:
+        flags: field → value for options given on the command line; None means not given.
+        file: a TOML file; default `obsinfra.toml` in the working folder if there is one.
+        environ: environment; default `os.environ`.
+        run_config: config.toml of the run being resumed, the layer just above the defaults.
+
+    Raises:
+        ConfigError: unknown name, wrong type, or a value out of bounds; names value, origin and bounds.
+    """
+    environ = os.environ if environ is None else environ
+    if file is None and DEFAULT_FILE.exists():
+        file = DEFAULT_FILE
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def layer(found: Mapping[str, Any], origin: str) -> None:
+        for key, value in found.items():
+            values[key] = value
+            origins[key] = origin
+
+    if run_config is not None and run_config.exists():
+        layer(_only_known(read_toml(run_config)), f"run {run_config.parent.name}")
+    if file is not None:
+        document = read_toml(file)
+        unknown = sorted(set(document) - set(Settings.model_fields))
+        if unknown:
+            raise ConfigError(
+                f"unknown setting {unknown[0]!r} in {file}",
+                f"one of {', '.join(Settings.model_fields)}",
+                "see 'obsinfra config show' for all settings",
+            )
+        layer(document, f"file {file}")
+    for field in Settings.model_fields:
+        for name in environment_names(field):
+            if environ.get(name, "") != "":
+                layer({field: _from_text(field, environ[name])}, f"env {name}")
+                break
+    for field, value in flags.items():
+        if value is not None:
+            layer({field: value}, f"flag --{field.replace('_', '-')}")
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise _as_config_error(error, origins) from None
+    return Resolved(settings, {field: origins.get(field, "default") for field in Settings.model_fields})
+
+
+def dump_toml(settings: Settings) -> str:
+    """The settings as TOML, as written to a run's config.toml. Unset (None) settings are left out."""
+    lines, tables = [], []
+    for field, value in settings.model_dump(mode="json").items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            if value:
+                tables.append(
+                    f"\n[{field}]\n" + "".join(f"{key} = {_toml(item)}\n" for key, item in value.items())
+                )
+        else:
+            lines.append(f"{field} = {_toml(value)}\n")
+    return "".join(lines + tables)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(
+            {"\\": "\\\\", '"': '\\"'}.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in value
+        )
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)
+
+
+def _only_known(document: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's config.toml still means something, less what named only that one start."""
+    return {
+        k: v
+        for k, v in document.items()
+        if k in Settings.model_fields and k not in ("resume", "run", "inject")
+    }
+
+
+def _from_text(field: str, text: str) -> Any:
+    """A variable's text as the field's raw value: lists by comma, tables as `key=value` by comma."""
+    annotation = str(Settings.model_fields[field].annotation)
+    if annotation.startswith("dict"):
+        pairs = (item.partition("=") for item in text.split(",") if item.strip())
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    if annotation.startswith("tuple"):
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+    return text
+
+
+def _as_config_error(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "settings"
+    message = str(first["msg"])
+    if message.startswith("Value error, "):
+        message = "another value: " + message.removeprefix("Value error, ")
+    message = message.replace("Input should be ", "").replace("a valid ", "a ")
+    origin = origins.get(field, "default")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return ConfigError(f"{field} = {first['input']!r} (from {origin}){more}", message, "change it there")

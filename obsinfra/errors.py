@@ -1,0 +1,58 @@
+"""The exception tree, for every floor of the house. Imports nothing of ours.
+
+A message names what was wrong, what was expected and what to do; the CLI turns a `UserError` into one
+line on stderr and exit code 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class ObsinfraError(Exception):
+    """Root of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(ObsinfraError):
+    """Something the user gave us cannot work.
+
+    Args:
+        wrong: what was found, with the offending value.
+        expected: what would have been accepted.
+        fix: what to type or change; optional when `expected` already says it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, wrong: str, expected: str = "", fix: str = "") -> None:
+        self.wrong, self.expected, self.fix = wrong, expected, fix
+        parts = [wrong]
+        if expected:
+            parts.append(f"expected {expected}")
+        if fix:
+            parts.append(f"fix: {fix}")
+        super().__init__("; ".join(parts))
+
+
+class ConfigError(UserError):
+    """A setting has an impossible value, an unknown name, or comes from an unreadable file."""
+
+
+class DataError(UserError):
+    """Training data is missing, malformed or too little."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is absent, damaged, or does not fit the model it is loaded into."""
+
+
+class RunBusyError(UserError):
+    """Another live trainer owns this run folder."""
+
+
+class CommandError(ObsinfraError):
+    """A control command is malformed, unknown, expired or too large; the message goes into its ack."""
+
+
+class NonFiniteLossError(ObsinfraError):
+    """The loss became NaN or infinite; the last good state was checkpointed before this was raised."""
