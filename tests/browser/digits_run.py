@@ -12,8 +12,10 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -26,9 +28,10 @@ from obsinfra.catalog.alerts import THRESHOLD_KEYS
 from obsinfra.catalog.metrics import LOST_CAUSES, PHASES
 from obsinfra.monitoring.page import CONTENT_SECURITY_POLICY, asset
 
-BATCH = 32
-EPOCHS = 6
-CHECKPOINT_EVERY = 60
+BATCH = 16
+EPOCHS = 8
+CHECKPOINT_EVERY = 150
+WIDTH = 512
 SERIES = (
     "step", "loss", "grad_norm", "learning_rate", "samples_per_second", "step_time_seconds",
     "cpu_ratio", "memory_ratio", "gpu_ratio", "gpu_memory_ratio",
@@ -68,17 +71,25 @@ def train_digits(folder: Path) -> Record:
     torch.manual_seed(7)
     process = psutil.Process()
     psutil.cpu_percent(), process.cpu_percent()
-    clock, record = _Clock(), Record()
+    record = Record()
     started = time.time()
     images, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(images, dtype=torch.float32) / 16
     targets = torch.tensor(labels)
     train_x, train_y, held_x, held_y = inputs[:1500], targets[:1500], inputs[1500:], targets[1500:]
-    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sizes = (64, WIDTH, WIDTH, WIDTH, 10)
+    layers: list[torch.nn.Module] = []
+    for inward, outward in pairwise(sizes):
+        layers += [torch.nn.Linear(inward, outward), torch.nn.ReLU()]
+    layers.pop()
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     steps_per_epoch = len(train_x) // BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps_per_epoch)
     startup = time.time() - started
+    clock = _Clock()
+    recent: deque[float] = deque(maxlen=50)
+    sampled = 0.0
     checkpoints: list[Json] = []
     validation: dict[str, float] = {}
     host: Json = {}
@@ -103,6 +114,8 @@ def train_digits(folder: Path) -> Record:
             clock.enter("other")
             step += 1
             took = time.perf_counter() - began
+            recent.append(took)
+            rate = BATCH * len(recent) / sum(recent)
             if step % CHECKPOINT_EVERY == 0:
                 clock.enter("checkpoint")
                 checkpoints.insert(0, _checkpoint(model, folder, step))
@@ -117,8 +130,8 @@ def train_digits(folder: Path) -> Record:
                     }
                 record.validation.append((step, validation))
                 clock.enter("other")
-            if step % 5 == 1:
-                host = _host(process, folder)
+            if time.time() - sampled > 0.25:
+                sampled, host = time.time(), _host(process, folder)
             accuracy = (logits.argmax(1) == y).float().mean().item()
             uptime = time.time() - started
             productive = sum(clock.seconds[name] for name in ("forward", "backward", "optimizer"))
@@ -127,7 +140,7 @@ def train_digits(folder: Path) -> Record:
             lost |= {"startup": startup, "outside_step": clock.seconds["other"]}
             point = {
                 "step": step, "loss": loss.item(), "grad_norm": norm.item(),
-                "learning_rate": schedule.get_last_lr()[0], "samples_per_second": step * BATCH / uptime,
+                "learning_rate": schedule.get_last_lr()[0], "samples_per_second": rate,
                 "step_time_seconds": took, "cpu_ratio": host["cpu_ratio"],
                 "memory_ratio": host["memory_ratio"], "gpu_ratio": None, "gpu_memory_ratio": None,
             }  # fmt: skip

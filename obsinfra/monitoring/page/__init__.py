@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
+from pathlib import PurePosixPath
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -15,20 +16,20 @@ _TYPES = {
     "": "text/plain; charset=utf-8",
 }
 
-_FILES = {
-    "/": "index.html",
-    "/page.css": "page.css",
-    "/page.js": "page.js",
-    "/charts.js": "charts.js",
-    "/history.js": "history.js",
-    "/format.js": "format.js",
-    "/vendor/uPlot.iife.min.js": "vendor/uPlot.iife.min.js",
-    "/vendor/uPlot.min.css": "vendor/uPlot.min.css",
-    "/vendor/LICENSE": "vendor/LICENSE",
-}
-
-ASSET_PATHS: tuple[str, ...] = tuple(_FILES)
-"""Every path the page needs, beside `/api/live`."""
+ASSETS = frozenset(
+    {
+        "index.html",
+        "page.css",
+        "page.js",
+        "charts.js",
+        "history.js",
+        "format.js",
+        "vendor/uPlot.iife.min.js",
+        "vendor/uPlot.min.css",
+        "vendor/LICENSE",
+    }
+)
+"""Every file of the page, by its path below `/`."""
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -41,17 +42,16 @@ def asset(path: str) -> tuple[bytes, str] | None:
     """The file served at `path`, read once per process.
 
     Args:
-        path: request path without query, e.g. `/page.js`; `/` is the page itself.
+        path: path of the request without query, with or without the leading slash; `/` is `index.html`.
 
     Returns:
-        Its bytes and content type, or None when the page has no such file. Only the paths in `ASSET_PATHS`
-        exist: the path is looked up, never joined to a folder, so it cannot lead out of the package.
+        Its bytes and content type, or None when the page has no such file. Only what `ASSETS` lists exists:
+        a path is looked up before it is opened, so it cannot lead out of the package.
     """
-    name = _FILES.get(path)
-    return None if name is None else _read(name)
+    name = path.removeprefix("/") or "index.html"
+    return _read(name) if name in ASSETS else None
 
 
 @cache
 def _read(name: str) -> tuple[bytes, str]:
-    suffix = name[name.rfind(".") :] if "." in name else ""
-    return files(__name__).joinpath(name).read_bytes(), _TYPES[suffix]
+    return files(__name__).joinpath(name).read_bytes(), _TYPES[PurePosixPath(name).suffix]

@@ -6,6 +6,8 @@ import * as format from "./format.js";
 const uPlot = window.uPlot;
 const HEIGHT = 168;
 const SYNC = "time";
+const NARROWEST = 320;
+const GAP = 12;
 const FIRST_VALIDATION_CHARTS = 6;
 
 const CHARTS = [
@@ -139,7 +141,7 @@ class Chart {
         const item = element("li");
         const swatch = element("span", line.faint ? "swatch faint" : "swatch");
         swatch.style.backgroundColor = this.board.color(line.color);
-        item.append(swatch, element("span", "name", line.label), element("output", "reading", format.NONE));
+        item.append(swatch, element("span", "name", line.label), element("span", "reading", format.NONE));
         return item;
       }),
     );
@@ -173,12 +175,13 @@ class Chart {
       series: [{}, ...this.lines.map(line)],
       axes: [
         {
-          ...axis, size: 26, gap: 4, space: 64,
+          ...axis, size: 22, gap: 6, space: 64,
           incrs: [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800],
           values: (_, splits, __, ___, step) => splits.map((at) => format.tick(at, step)),
         },
         {
           ...axis, size: 58, gap: 6, space: 30,
+          grid: { ...axis.grid, filter: (_, splits) => (this.log ? splits.map((v) => (isPowerOfTen(v) ? v : null)) : splits) },
           values: (_, splits) => splits.map((v) => (v === null ? "" : (spec.axis ?? format.short)(v))),
         },
       ],
@@ -205,8 +208,7 @@ class Chart {
     if (this.log) {
       // The limit belongs into view when it is near enough to matter: within three powers of ten.
       if (limit > 0 && limit / high < 1e3) high = Math.max(high, limit * 1.3);
-      const [from, to] = uPlot.rangeLog(low, high, 10, false);
-      return [from, to];
+      return [oneDigit(low / 1.1, Math.floor), oneDigit(high * 1.1, Math.ceil)];
     }
     if (spec.ceiling !== undefined) return [spec.floor, Math.max(spec.ceiling, high)];
     if (limit !== null && high > limit * 0.4) high = Math.max(high, limit * 1.05);
@@ -237,7 +239,7 @@ class Chart {
     ctx.textAlign = "right";
     const room = y - bbox.top > 16 * devicePixelRatio;
     ctx.textBaseline = room ? "bottom" : "top";
-    const text = `alert above ${this.spec.write(limit)}`;
+    const text = `alert above ${(this.spec.axis ?? format.short)(limit)}`;
     ctx.fillText(text, bbox.left + bbox.width - 4, y + (room ? -2 : 3) * devicePixelRatio);
     ctx.restore();
   }
@@ -294,7 +296,7 @@ class Chart {
       where = `step ${format.integer(history.column("step")[pointed])} · ${format.clock(history.time[pointed])}`;
     }
     setText(this.where, where);
-    const label = `${this.spec.title} over time, ${this.reading()}. Arrow keys read single points.`;
+    const label = `${this.spec.title} over time, ${history.length} points, ${this.reading()}. Arrow keys read single points.`;
     if (!inside) this.plot.setAttribute("aria-label", label);
   }
 
@@ -326,6 +328,14 @@ class Chart {
     if (target !== null) this.board.say(`${this.where.textContent}: ${this.reading()}`);
   }
 }
+
+/** Rounds to one significant digit: the axis counts its ticks from the end of a logarithmic scale. */
+function oneDigit(value, round) {
+  const unit = 10 ** Math.floor(Math.log10(value));
+  return Number((round(value / unit) * unit).toPrecision(1));
+}
+
+const isPowerOfTen = (value) => value > 0 && Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
 
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
@@ -361,6 +371,7 @@ export class Board {
     this.checkpointTimes = [];
     this.pointed = null;
     this.theme = 0;
+    this.made = 0;
     this.charts = CHARTS.map((spec) => this.add(spec));
     const dark = matchMedia("(prefers-color-scheme: dark)");
     dark.addEventListener("change", () => {
@@ -370,9 +381,11 @@ export class Board {
     new ResizeObserver(() => this.resize()).observe(grid);
   }
 
-  add(spec) {
+  /** Makes a chart and puts it after another one, or at the end. */
+  add(spec, after = null) {
     const chart = new Chart(this, spec);
-    this.grid.append(chart.figure);
+    if (after) after.figure.after(chart.figure);
+    else this.grid.append(chart.figure);
     return chart;
   }
 
@@ -389,7 +402,7 @@ export class Board {
     if (time.length === 0) return [0, 1];
     const end = time[time.length - 1];
     const start = this.view.kind === "last" ? Math.max(end - this.view.seconds, time[0]) : time[0];
-    return end - start < 1 ? [end - 1, end] : [start, end];
+    return [start, Math.max(end, start + 1)];
   }
 
   show(view) {
@@ -410,19 +423,28 @@ export class Board {
     const wanted = this.history.validationNames.filter((name) => !isLoss(name)).slice(0, FIRST_VALIDATION_CHARTS);
     const have = this.charts.filter((chart) => chart.spec.validation).map((chart) => chart.spec.validation);
     for (const name of wanted.filter((one) => !have.includes(one))) {
-      const number = this.charts.filter((chart) => chart.spec.validation).length + 1;
-      this.charts.push(
-        this.add({
-          id: `validation-${number}`, title: `Validation: ${name}`, write: format.number, validation: name,
-          lines: [{ validation: name, label: name, color: "--c2", points: true }],
-        }),
-      );
+      this.made += 1;
+      const spec = {
+        id: `validation-${this.made}`, title: `Validation: ${name}`, write: format.number, validation: name,
+        lines: [{ validation: name, label: name, color: "--c2", points: true }],
+      };
+      const last = this.charts.findLastIndex((chart) => chart.spec.validation || chart.spec.id === "loss");
+      this.charts.splice(last + 1, 0, this.add(spec, this.charts[last]));
     }
     for (const chart of this.charts.filter((one) => one.spec.validation && !wanted.includes(one.spec.validation))) {
       chart.uplot?.destroy();
       chart.figure.remove();
       this.charts.splice(this.charts.indexOf(chart), 1);
     }
+    if (this.charts.length !== this.arranged) this.arrange();
+  }
+
+  /** Chooses the number of columns so that rows are as equal as they can be; a shorter last row grows wider. */
+  arrange() {
+    const most = Math.max(1, Math.floor((this.grid.clientWidth + GAP) / (NARROWEST + GAP)));
+    const rows = Math.ceil(this.charts.length / most);
+    this.grid.style.setProperty("--columns", String(Math.ceil(this.charts.length / rows)));
+    this.arranged = this.charts.length;
   }
 
   /** Moves the cursor of every chart to one point of the history, or takes it away. */
@@ -436,6 +458,7 @@ export class Board {
   }
 
   resize() {
+    this.arrange();
     for (const { uplot, plot } of this.charts) {
       const width = plot.clientWidth;
       if (uplot && width > 0 && width !== uplot.width) uplot.setSize({ width, height: HEIGHT });

@@ -13,6 +13,7 @@ export class History {
     this.time = [];
     this.columns = new Map();
     this.validation = new Map();
+    this.validationSteps = [];
     this.validationNames = [];
   }
 
@@ -48,33 +49,25 @@ export class History {
       const fresh = columns[name] ?? new Array(time.length).fill(null);
       this.columns.get(name).push(...fresh.map(placeable));
     }
-    this.applyValidation(answer.validation_series);
+    this.replaceValidation(answer.validation_series);
     this.next = answer.next;
   }
 
-  // Merged by step: the same validation sent twice counts once.
-  applyValidation(series) {
-    if (!series) return;
-    series.step.forEach((step, row) => {
-      const values = this.validation.get(step) ?? new Map();
-      for (const [name, column] of Object.entries(series.metrics)) {
-        const value = placeable(column[row]);
-        if (value !== null) values.set(name, value);
-        if (value !== null && !this.validationNames.includes(name)) this.validationNames.push(name);
-      }
-      this.validation.set(step, values);
-    });
+  // Validations are few: every answer carries all of them.
+  replaceValidation({ step, metrics }) {
+    this.validation = new Map(Object.entries(metrics).map(([name, values]) => [name, values.map(placeable)]));
+    this.validationSteps = step;
+    this.validationNames = [...this.validation.keys()].filter((name) => this.validation.get(name).some((v) => v !== null));
   }
 
   /** A validation metric on the shared time axis: each value at the first point that reached its step. */
   validationColumn(name) {
     const placed = new Array(this.length).fill(null);
     const steps = this.column("step");
-    for (const [step, values] of this.validation) {
-      if (!values.has(name)) continue;
-      const at = firstAtLeast(steps, step);
-      if (at !== null) placed[at] = values.get(name);
-    }
+    this.validation.get(name)?.forEach((value, row) => {
+      const at = value === null ? null : firstAtLeast(steps, this.validationSteps[row]);
+      if (at !== null) placed[at] = value;
+    });
     return placed;
   }
 

@@ -16,7 +16,7 @@ const PHASE_COLORS = {
   checkpoint: "--c2", validation: "--c7", other: "--c8",
 };
 const STATE_COLORS = { running: "#2e8b57", failed: "#c8372d", starting: "#3b7dd8", stopping: "#c98a00" };
-const LOST_NAMES = { outside_step: "outside steps", data: "waiting for data" };
+const LOST_NAMES = { outside_step: "outside steps", data: "data wait" };
 const SEVERITIES = ["critical", "warning", "info"];
 
 const byId = (id) => document.getElementById(id);
@@ -102,10 +102,11 @@ function showProgress({ run, progress }) {
 function showNumbers({ latest, goodput, checkpoints, now, uptime_seconds: uptime }) {
   write("loss", format.number(latest.loss));
   const validation = Object.entries(latest.validation ?? {});
-  write("loss-note", validation.map(([name, value]) => `validation ${name} ${format.number(value)}`).join(" · "));
+  const few = validation.slice(0, 3).map(([name, value]) => `${name} ${format.number(value)}`).join(", ");
+  write("loss-note", few && `validation: ${few}`);
   write("grad-norm", format.number(latest.grad_norm));
   const limit = board.thresholds.get("gradient_norm");
-  write("grad-norm-note", known(limit) ? `alert above ${format.number(limit)}` : "before clipping");
+  write("grad-norm-note", known(limit) ? `alert above ${format.short(limit)}` : "before clipping");
   byId("grad-norm").classList.toggle("bad", known(limit) && latest.grad_norm > limit);
   write("throughput", format.number(latest.samples_per_second));
   write("throughput-note", "over the last 10 s");
@@ -120,7 +121,7 @@ function showNumbers({ latest, goodput, checkpoints, now, uptime_seconds: uptime
   write("checkpoint-age", last ? `${format.age(now - last.at)} ago` : "none");
   write("checkpoint-note", last ? `${last.kind} at step ${format.integer(last.step)}` : "");
   const further = Object.entries(latest.train ?? {});
-  byId("further-section").hidden = further.length === 0;
+  byId("further-row").hidden = further.length === 0;
   fill("further", further, ([name, value]) => {
     const pair = make("div");
     pair.append(make("dt", "", name), make("dd", "", format.number(value)));
@@ -143,7 +144,7 @@ function table(id, rows, build) {
   byId(id).querySelector("tbody").replaceChildren(...rows.map(build));
 }
 
-const measured = (value, unit) => `${format.number(value)}${unit ? ` ${unit}` : ""}`;
+const measured = (value, unit) => `${format.short(value)}${unit ? ` ${unit}` : ""}`;
 
 let announced = null;
 function showAlerts({ alerts, alert_mode: mode, now }) {
@@ -154,6 +155,7 @@ function showAlerts({ alerts, alert_mode: mode, now }) {
     { sidecar: "a sidecar is watching: it acts, the trainer reports", "in-process": "no sidecar: the trainer acts on its own alerts" }[mode] ?? "",
   );
   byId("alerts-section").dataset.worst = sorted.find((alert) => alert.state === "firing")?.severity ?? "none";
+  byId("alerts-section").classList.toggle("none", sorted.length === 0);
   table("alerts", sorted, (alert) => {
     const labels = Object.entries(alert.labels ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
     const made = row([
@@ -328,7 +330,9 @@ function connection(text, kind) {
 }
 
 function lost(error) {
-  const reason = error.name === "TimeoutError" ? `no answer within ${ANSWER_MS / 1000} s` : error.message;
+  // Browsers word a refused connection each in their own way, always as a TypeError.
+  const reasons = { TimeoutError: `no answer within ${ANSWER_MS / 1000} s`, TypeError: "no connection" };
+  const reason = reasons[error.name] ?? error.message;
   if (last && ENDED.has(last.run.state)) {
     connection(`The run has ended (${last.run.state}) and its trainer is gone. This is the last it said, at ${format.clock(lastHeard)}.`, "ended");
   } else if (lastHeard !== null) {
