@@ -1,0 +1,1 @@
+"""Recorder, exporter, samplers, tracing and logging: how a run is seen."""
