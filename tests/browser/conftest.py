@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from digits_run import Player, Record
+    from monitored_digits import MonitoredDigits
     from playwright.sync_api import Browser, Page
 
 FLAGS = (
@@ -102,7 +103,22 @@ def player(record: Record) -> Iterator[Player]:
     served.stop()
 
 
-@pytest.fixture
-def trainer_url(player: Player) -> str:
-    """Address of a live page for the tests that need no say in what the trainer does next."""
-    return player.url
+@pytest.fixture(scope="session")
+def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredDigits]:
+    """A live training under the real monitor, with the page on the monitor's own server."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from monitored_digits import MonitoredDigits
+
+    running = MonitoredDigits(tmp_path_factory.mktemp("monitored"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(params=["recorded", "monitored"])
+def trainer_url(request: pytest.FixtureRequest) -> str:
+    """Address of a live page, for the tests that need no say in what the trainer does next."""
+    if request.param == "recorded":
+        player: Player = request.getfixturevalue("player")
+        return player.url
+    monitored: MonitoredDigits = request.getfixturevalue("monitored")
+    return monitored.url

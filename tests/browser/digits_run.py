@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -141,7 +142,7 @@ def train_digits(folder: Path) -> Record:
             point = {
                 "step": step, "loss": loss.item(), "grad_norm": norm.item(),
                 "learning_rate": schedule.get_last_lr()[0], "samples_per_second": rate,
-                "step_time_seconds": took, "cpu_ratio": host["cpu_ratio"],
+                "step_time_seconds": median(recent), "cpu_ratio": host["cpu_ratio"],
                 "memory_ratio": host["memory_ratio"], "gpu_ratio": None, "gpu_memory_ratio": None,
             }  # fmt: skip
             record.time.append(time.time())

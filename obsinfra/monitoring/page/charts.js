@@ -20,7 +20,7 @@ const CHARTS = [
   },
   {
     id: "grad-norm", title: "Gradient norm", write: format.number, canLog: true, log: true, threshold: "gradient_norm",
-    lines: [{ column: "grad_norm", label: "norm before clipping", color: "--c2" }],
+    lines: [{ column: "grad_norm", label: "peak before clipping", color: "--c2" }],
   },
   {
     id: "throughput", title: "Throughput", write: (v) => format.number(v, 4), floor: 0,
@@ -29,7 +29,7 @@ const CHARTS = [
   {
     id: "step-time", title: "Step time", write: format.duration, axis: format.duration, canLog: true, floor: 0,
     threshold: "step_time",
-    lines: [{ column: "step_time_seconds", label: "slowest of the last 15 s", color: "--c4" }],
+    lines: [{ column: "step_time_seconds", label: "median of recent steps", color: "--c4" }],
   },
   {
     id: "learning-rate", title: "Learning rate", write: format.number, floor: 0,
@@ -40,8 +40,8 @@ const CHARTS = [
     lines: [
       { column: "cpu_ratio", label: "CPU", color: "--c1", gaps: true },
       { column: "memory_ratio", label: "memory", color: "--c2", gaps: true },
-      { column: "gpu_ratio", label: "GPU", color: "--c3", gaps: true, optional: true },
-      { column: "gpu_memory_ratio", label: "GPU memory", color: "--c4", gaps: true, optional: true },
+      { column: "gpu_ratio", label: "GPUs busy", color: "--c3", gaps: true, optional: true },
+      { column: "gpu_memory_ratio", label: "fullest GPU memory", color: "--c4", gaps: true, optional: true },
     ],
   },
 ];

@@ -111,7 +111,7 @@ function showNumbers({ latest, goodput, checkpoints, now, uptime_seconds: uptime
   write("throughput", format.number(latest.samples_per_second));
   write("throughput-note", "over the last 10 s");
   write("step-time", format.duration(latest.step_time_seconds));
-  write("step-time-note", "slowest of the last 15 s");
+  write("step-time-note", "median of recent steps");
   write("learning-rate", format.number(latest.learning_rate, 3));
   write("learning-rate-note", known(latest.loss_scale) && latest.loss_scale !== 1 ? `loss scale ${format.number(latest.loss_scale)}` : "");
   write("goodput", format.percent(goodput.ratio));
@@ -337,7 +337,7 @@ function lost(error) {
     connection(`The run has ended (${last.run.state}) and its trainer is gone. This is the last it said, at ${format.clock(lastHeard)}.`, "ended");
   } else if (lastHeard !== null) {
     const since = format.clock(lastHeard);
-    connection(`Trainer not answering since ${since} (${reason}). Last known state: ${last.run.state}. Trying again.`, "lost");
+    connection(`Trainer not answering since ${since} (${reason}). Last known state: ${last.run.state}. Trying again; \`obsinfra status\` tells what became of it.`, "lost");
     document.title = `not answering · ${last.run.model}`;
   } else {
     connection(`The trainer does not answer (${reason}). Trying again.`, "lost");
