@@ -57,8 +57,8 @@ class Alert:
 
     @property
     def limit(self) -> float:
-        """The threshold in the metric's own base unit."""
-        return self.threshold * self.scale
+        """The threshold in the metric's own base unit, free of the product's last-digit noise."""
+        return float(f"{self.threshold * self.scale:.12g}")
 
     def crossed(self, value: float) -> bool:
         """Whether `value`, in the metric's base unit, is beyond the threshold. NaN never is."""
@@ -176,7 +176,7 @@ ALERTS: tuple[Alert, ...] = (
         scope="run",
         action=actions.EMERGENCY_CHECKPOINT,
         summary="The loss is NaN or infinite",
-        description="A step produced a loss that is no finite number. The last good state is what gets saved.",
+        description="A step produced a loss that is no finite number. The last good state gets saved.",
     ),
 )
 

@@ -1,0 +1,1 @@
+"""What is done with the alert table: evaluated in-process, rendered as Prometheus rules. No torch."""

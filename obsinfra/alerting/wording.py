@@ -1,0 +1,44 @@
+"""How an alert's numbers and sentences are written for people, in-process and in Prometheus templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from obsinfra.catalog.alerts import Alert
+
+
+def plain_number(value: float) -> str:
+    """The shortest text that is exactly `value` again: `90`, not `90.0`."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def summary_template(alert: Alert) -> str:
+    """The summary with the threshold filled in; label templates stay for Prometheus to fill."""
+    return alert.summary.replace("{threshold}", plain_number(alert.threshold))
+
+
+def summary_for_people(alert: Alert, labels: Mapping[str, str]) -> str:
+    """The summary with threshold and `{{ $labels.x }}` filled in; an absent label is empty text."""
+    return re.sub(
+        r"\{\{\s*\$labels\.(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), summary_template(alert)
+    )
+
+
+def threshold_text(alert: Alert) -> str:
+    """The threshold with its unit, as `90 %`."""
+    return f"{plain_number(alert.threshold)} {alert.threshold_unit}".rstrip()
+
+
+def value_template(alert: Alert) -> str:
+    """A Prometheus template that writes the alert's value in the unit people know it by."""
+    if alert.increase_seconds:
+        # increase() extrapolates to the edges of the window: one event shows as 1.05.
+        return f'{{{{ $value | printf "%.0f" }}}} within {plain_number(alert.increase_seconds)} s'
+    if alert.threshold_unit == "%":
+        return "{{ $value | humanizePercentage }}"
+    if alert.threshold_unit == "s":
+        return "{{ $value | humanizeDuration }}"
+    if alert.threshold_unit:
+        return f'{{{{ $value | printf "%.1f" }}}} {alert.threshold_unit}'
+    return "{{ $value | humanize }}"
