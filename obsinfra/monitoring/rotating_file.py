@@ -39,8 +39,7 @@ class RotatingFile:
         Raises:
             OSError: not written, or only a part of it: disk full, folder gone, no permission.
         """
-        if self._fd is None:
-            self._open()
+        self.open()
         # Rotation belongs to the process that made this object; a forked child only appends.
         if self._size and self._size + len(record) + 1 > self._max_bytes and os.getpid() == self._pid:
             self._rotate()
@@ -58,7 +57,14 @@ class RotatingFile:
             os.close(self._fd)
             self._fd = None
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Open the file if it is not; `append` does it by itself.
+
+        Raises:
+            OSError: the folder is missing or not writable.
+        """
+        if self._fd is not None:
+            return
         fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(fd).st_size
         self._torn = self._size > 0 and os.pread(fd, 1, self._size - 1) != b"\n"
@@ -72,4 +78,4 @@ class RotatingFile:
             older = self.path if number == 1 else self.path.with_name(f"{self.path.name}.{number - 1}")
             if older.exists():
                 older.replace(self.path.with_name(f"{self.path.name}.{number}"))
-        self._open()
+        self.open()

@@ -1,0 +1,313 @@
+"""Structured logs: JSON lines in four files of the run folder, and something readable on a terminal.
+
+`training` is what the model does, `performance` how fast, `system` what happened around it. `errors` gets
+what is logged to it, and a copy of every warning or worse of the other three. Before `configure_logging`
+(a library use) events go to the standard library's loggers `obsinfra.<channel>`: the host program decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TextIO, cast
+
+import structlog
+
+from obsinfra.errors import ConfigError
+from obsinfra.monitoring.log_lines import console_line, json_line, plain_line
+from obsinfra.monitoring.rotating_file import RotatingFile
+
+CHANNELS = ("training", "performance", "errors", "system")
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+MAX_BYTES = 20 * 2**20
+BACKUPS = 3
+"""Each file is rotated at `MAX_BYTES` and keeps this many old ones."""
+
+CHATTY = ("opentelemetry", "urllib3", "asyncio", "torch", "filelock", "httpx", "httpcore", "fsspec")
+"""Libraries whose records below a warning are about themselves."""
+
+_METHOD_LEVELS = {**LEVELS, "warn": 30, "exception": 40, "fatal": 50}
+_LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
+_RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+def get_logger(channel: str) -> Any:
+    """A structlog logger of `training`, `performance`, `errors` or `system`; works before configuration too.
+
+    Its methods are `debug`, `info`, `warning`, `error`, `exception` and `critical`, each taking an event name
+    and values. `exc_info` is an exception, or True for the one being handled. `terminal=False` keeps an event
+    off the terminal. Nothing it does raises.
+
+    Raises:
+        ValueError: there is no such channel.
+    """
+    if channel not in CHANNELS:
+        raise ValueError(f"no log channel {channel!r}: expected one of {', '.join(CHANNELS)}")
+    # Configured per logger: structlog's global configuration belongs to the program we live in.
+    return structlog.wrap_logger(
+        None,
+        processors=[_route],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+        context_class=dict,
+        channel=channel,
+    )
+
+
+def bind(**values: Any) -> None:
+    """Add values (`step`, `trace_id`) to every event of this thread or task from now on; None removes."""
+    gone = [key for key, value in values.items() if value is None]
+    structlog.contextvars.unbind_contextvars(*gone)
+    structlog.contextvars.bind_contextvars(**{key: values[key] for key in values if key not in gone})
+
+
+def set_step_source(source: Callable[[], int | None] | None) -> None:
+    """Ask `source` for the present step at every event that has none: no work on the step path."""
+    global _step_source
+    _step_source = source
+
+
+def log_errors() -> int:
+    """Events this process could not write (disk full, terminal gone); counted, never raised."""
+    return _log_errors
+
+
+def configure_logging(
+    log_dir: Path | None,
+    *,
+    level: str = "info",
+    run: str = "",
+    model: str = "",
+    rank: int = 0,
+    terminal: bool = True,
+    terminal_level: str = "warning",
+    max_bytes: int = MAX_BYTES,
+    backups: int = BACKUPS,
+) -> None:
+    """Send this package's events and the standard library's records to the run's files and the terminal.
+
+    May be called again; what was configured before ends. Standard-library records go to the channel they name
+    (`obsinfra.training`), all others to `system`.
+
+    Args:
+        log_dir: folder of the four files, made when missing; None writes none. Ranks above 0 write files of
+            their own beside those of rank 0: `training-rank1.jsonl`.
+        level: least level written: debug, info, warning or error.
+        run, model, rank: put into every event.
+        terminal: also show events on stderr, coloured on a tty, plain one-liners elsewhere.
+        terminal_level: least level shown there, never below `level`.
+        max_bytes, backups: each file is rotated at this size, so many old ones are kept.
+
+    Raises:
+        ConfigError: unknown level, or a file cannot be opened.
+    """
+    global _sink
+    least, shown = _level(level), max(_level(level), _level(terminal_level))
+    identity = {key: value for key, value in (("run", run), ("model", model)) if value} | {"rank": rank}
+    files: dict[str, RotatingFile] = {}
+    if log_dir is not None:
+        suffix = f"-rank{rank}" if rank else ""
+        try:
+            log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for channel in CHANNELS:
+                path = log_dir / f"{channel}{suffix}.jsonl"
+                files[channel] = RotatingFile(path, max_bytes=max_bytes, backups=backups)
+                files[channel].open()
+        except OSError as error:
+            for file in files.values():
+                file.close()
+            raise ConfigError(
+                f"cannot write logs to {log_dir}: {error.strerror or error}",
+                "a writable folder",
+                "choose another --output-dir",
+            ) from error
+    shutdown_logging()
+    _sink = _Sink(files, identity, least, shown if terminal else None)
+
+
+def shutdown_logging() -> None:
+    """Close what `configure_logging` opened and leave the standard library as it was. May be called twice."""
+    global _sink
+    sink, _sink = _sink, None
+    if sink is not None:
+        sink.close()
+
+
+class _Sink:
+    """The configured files and terminal. `write` never raises."""
+
+    def __init__(
+        self,
+        files: Mapping[str, RotatingFile],
+        identity: Mapping[str, Any],
+        least: int,
+        terminal_least: int | None,
+    ) -> None:
+        self.least = least
+        self._files = files
+        self._identity = identity
+        self._terminal_least = terminal_least
+        self.lock = threading.Lock()
+        self._handler = _FromStandardLibrary(self)
+        root = logging.getLogger()
+        self._root_level = root.level
+        root.addHandler(self._handler)
+        root.setLevel(min(root.level, least))  # never hides a record from a handler of somebody else
+
+    def close(self) -> None:
+        root = logging.getLogger()
+        root.removeHandler(self._handler)
+        root.setLevel(self._root_level)
+        with self.lock:
+            for file in self._files.values():
+                file.close()
+
+    def write(self, level: int, channel: str, event: Mapping[str, Any], exc_info: ExcInfo | None) -> None:
+        """One event to its channel's file, a copy of bad news to `errors`, and to the terminal."""
+        if level < self.least:
+            return
+        try:
+            values = dict(event)
+            on_terminal = bool(values.pop("terminal", True))
+            now = datetime.now(UTC)
+            document = {
+                "timestamp": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+                "level": _level_name(level),
+                "event": values.pop("event", ""),
+                "channel": channel,
+                **self._identity,
+                **_present_step(),
+                **structlog.contextvars.get_contextvars(),
+                **values,
+            }
+            if self._files:
+                line = json_line(document, exc_info)
+                self._append(channel, line)
+                if level >= logging.WARNING and channel != "errors":
+                    self._append("errors", line)
+            if on_terminal and self._terminal_least is not None and level >= self._terminal_least:
+                self._show(document, exc_info)
+        except Exception:  # an object that cannot even be shown as text; training goes on
+            _count_error()
+
+    def _append(self, channel: str, line: bytes) -> None:
+        try:
+            with self.lock:
+                self._files[channel].append(line)
+        except OSError:
+            _count_error()
+
+    def _show(self, document: Mapping[str, Any], exc_info: ExcInfo | None) -> None:
+        # Looked up anew each time: a progress display puts itself in stderr's place while it is shown.
+        stream: TextIO | None = sys.stderr
+        if stream is None:
+            return
+        hidden = {"channel", *self._identity}
+        shown = {key: value for key, value in document.items() if key not in hidden}
+        try:
+            if stream.isatty():
+                text = console_line(shown, exc_info, colors="NO_COLOR" not in os.environ)
+            else:
+                text = plain_line(shown, exc_info)
+            stream.write(text + "\n")
+            stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            _count_error()
+
+
+class _FromStandardLibrary(logging.Handler):
+    """Brings records of the `logging` module into the files."""
+
+    def __init__(self, sink: _Sink) -> None:
+        super().__init__(sink.least)
+        self._sink = sink
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and record.name.split(".", 1)[0] in CHATTY:
+            return
+        try:
+            event = {
+                "event": record.getMessage(),
+                "logger": record.name,
+                **{key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS},
+            }
+        except Exception:  # a format string that does not fit its arguments
+            _count_error()
+            return
+        channel = record.name.removeprefix("obsinfra.")
+        exc_info = record.exc_info if record.exc_info and record.exc_info[0] else None
+        self._sink.write(record.levelno, channel if channel in CHANNELS else "system", event, exc_info)
+
+
+def _route(logger: Any, method: str, event: MutableMapping[str, Any]) -> NoReturn:
+    """The one processor of our loggers: hands the event on and tells structlog that it is dealt with."""
+    level = _METHOD_LEVELS.get(method, logging.INFO)
+    values = dict(event)
+    channel = str(values.pop("channel"))
+    exc_info = _exc_info(values.pop("exc_info", None))
+    sink = _sink
+    if sink is not None:
+        sink.write(level, channel, values, exc_info)
+    else:
+        values.pop("terminal", None)
+        name = str(values.pop("event", ""))
+        host = logging.getLogger(f"obsinfra.{channel}")
+        if host.isEnabledFor(level):
+            text = plain_line({"event": name, **structlog.contextvars.get_contextvars(), **values}, None)
+            host.log(level, "%s", text, exc_info=exc_info)
+    raise structlog.DropEvent
+
+
+def _exc_info(given: Any) -> ExcInfo | None:
+    """What `exc_info` means: an exception, a triple, or anything true for the one being handled."""
+    if isinstance(given, BaseException):
+        return type(given), given, given.__traceback__
+    if isinstance(given, tuple):
+        return given if len(given) == 3 and given[0] is not None else None
+    if given:
+        present = sys.exc_info()
+        return cast(ExcInfo, present) if present[0] is not None else None
+    return None
+
+
+def _present_step() -> dict[str, int]:
+    step = _step_source() if _step_source is not None else None
+    return {} if step is None else {"step": step}
+
+
+def _level(name: str) -> int:
+    try:
+        return LEVELS[name.lower()]
+    except KeyError:
+        raise ConfigError(
+            f"log level {name!r}", "one of " + ", ".join(LEVELS), "correct --log-level"
+        ) from None
+
+
+def _level_name(level: int) -> str:
+    """The name of `level`, or of the nearest one below it: libraries invent levels of their own."""
+    return _LEVEL_NAMES[max((number for number in _LEVEL_NAMES if number <= level), default=10)]
+
+
+def _count_error() -> None:
+    global _log_errors
+    _log_errors += 1
+
+
+def _after_fork_in_child() -> None:
+    """A data-loader worker logs on, but the lock it inherited may be held by a thread it does not have."""
+    if _sink is not None:
+        _sink.lock = threading.Lock()
+
+
+_sink: _Sink | None = None
+_step_source: Callable[[], int | None] | None = None
+_log_errors = 0
+os.register_at_fork(after_in_child=_after_fork_in_child)
