@@ -147,12 +147,10 @@ class _Increase:
         start = now - self.seconds
         before = self._forget_before(start)
         window = [point for at, point in self._points if at >= start and point is not None]
-        if before is None:
-            return max(value, _rise(window))  # no such series a window ago: it is new
-        if len(window) == 1:
-            # After a stall longer than the window the last reading before it is the only baseline there is.
-            window.insert(0, before)
-        return _rise(window)
+        # The readings within the window miss what happened just before the first of them, or during a stall
+        # longer than the window: hence also against the value a window ago.
+        since_then = value if before is None or value < before else value - before
+        return max(_rise(window), since_then)
 
     def absent(self, now: float) -> float | None:
         """Note that the series is gone; return what it rose within the window, None once nothing is left.

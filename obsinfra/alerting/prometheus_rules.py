@@ -33,18 +33,24 @@ def duration(seconds: float) -> str:
 def expression(alert: Alert) -> str:
     """The condition in PromQL.
 
-    An increase has two ways to be seen. `increase` needs two samples in its window and is blind to what came
-    before the first; the second branch takes a series that did not exist a window ago at its full value,
-    which is right because every counter of this package begins at zero with its process. So an event is seen
-    at the first evaluation after the scrape that carries it, even when that scrape is the very first.
-    `increase` extrapolates to the window's edges: exact for a limit of 0, a few percent high for others.
+    An increase has three ways to be seen. `increase` needs two samples in its window and is blind to what
+    came before the first; so the value is also compared with the one a window ago, and a series that did not
+    exist then, or restarted since, counts in full, because every counter of this package begins at zero with
+    its process. Thus an event is seen at the first evaluation after the scrape that carries it, even when
+    that scrape is the very first. `increase` extrapolates to the window's edges: exact for a limit of 0, a
+    few percent high for others.
     """
     name = alert.metric.sample_name
     beyond = f"{alert.comparator} {plain_number(alert.limit)}"
     if not alert.increase_seconds:
         return f"{name} {beyond}"
     window = duration(alert.increase_seconds)
-    return f"increase({name}[{window}]) {beyond} or ({name} unless {name} offset {window}) {beyond}"
+    ways = (
+        f"increase({name}[{window}])",
+        f"({name} - {name} offset {window})",
+        f"({name} unless {name} >= {name} offset {window})",
+    )
+    return "\nor ".join(f"{way} {beyond}" for way in ways)
 
 
 def render_rules(alerts: Sequence[Alert] = ALERTS) -> str:
@@ -54,7 +60,7 @@ def render_rules(alerts: Sequence[Alert] = ALERTS) -> str:
     group has no interval of its own, so the global evaluation interval holds.
     """
     document = {"groups": [{"name": GROUP, "rules": [_rule(alert) for alert in alerts]}]}
-    return HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
+    return HEADER + yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def write_rules(path: Path, alerts: Sequence[Alert] = ALERTS) -> None:
@@ -73,6 +79,17 @@ def check_rules(path: Path, alerts: Sequence[Alert] = ALERTS) -> str | None:
             found.splitlines(keepends=True), wanted.splitlines(keepends=True), str(path), "generated"
         )
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block, as a person would."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _rule(alert: Alert) -> dict[str, Any]:

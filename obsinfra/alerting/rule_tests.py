@@ -78,13 +78,11 @@ def _increase_tests(alert: Alert) -> list[dict[str, Any]]:
     window, many = math.ceil(alert.increase_seconds), math.floor(alert.limit) + 1
     quiet = QUIET_SECONDS
     rise: list[Span] = [(0, quiet), (many, 2 * window)]
-    # The instant at which the last sample before the rise leaves the window is left out: Prometheus 2 counts
-    # it in, Prometheus 3 does not.
     states: dict[int, str | None] = {
         quiet - 1: None,
         quiet: "firing",
-        quiet + window - 2: "firing",
-        quiet + window + 1: None,
+        quiet + window - 1: "firing",
+        quiet + window: None,
     }
     restart = 2 * window
     return [

@@ -18,8 +18,8 @@ from obsinfra.alerting.prometheus_rules import rule_labels, write_rules
 from obsinfra.catalog.alerts import BY_NAME, Alert
 
 INTERVAL = 7
-"""Seconds between scrapes and between evaluations; divides no window, whose edges Prometheus 2 and 3 count
-differently."""
+"""Seconds between scrapes and between evaluations; divides no window, as Prometheus 2 and 3 differ on whether
+a sample at its very edge is in it."""
 
 STEPS = 45
 
