@@ -50,7 +50,7 @@ def free_port(host: str, wanted: int, used: set[int]) -> int:
             except PermissionError:
                 continue
             except OSError as error:
-                if error.errno == errno.EADDRNOTAVAIL:
+                if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
                     raise ConfigError(
                         f"cannot listen on {host}: {error.strerror}", "an address of this machine"
                     ) from error

@@ -6,6 +6,7 @@ children when told by SIGTERM. Knows nothing of what the programs do.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -29,6 +30,9 @@ STEADY_SECONDS = 30.0
 
 STOP_SECONDS = 10.0
 """From SIGTERM to SIGKILL of a child."""
+
+CHECK_SECONDS = 2.0
+"""How often to see whether the state folder is still there."""
 
 LOG_BYTES = 16 << 20
 """A log larger than this is put aside (one generation) before the program is started again."""
@@ -70,9 +74,12 @@ class Supervisor:
             while True:
                 self._start_what_is_due()
                 waits = [kept.due - time.monotonic() for kept in self._kept if kept.process is None]
-                told = signal.sigtimedwait(_WATCHED, max(0.0, min(waits, default=3600.0)))
+                told = signal.sigtimedwait(_WATCHED, max(0.0, min([*waits, CHECK_SECONDS])))
                 if told is not None and told.si_signo != signal.SIGCHLD:
                     _say(f"told to stop by {signal.Signals(told.si_signo).name}")
+                    return
+                if not (self._state_dir / "plan.json").exists():
+                    _say("the state folder was removed; nobody could stop this any more")
                     return
                 self._reap()
         finally:
@@ -87,12 +94,12 @@ class Supervisor:
     def _start(self, kept: _Kept) -> None:
         program = kept.program
         log = self._state_dir / "logs" / f"{program.name}.log"
-        if log.exists() and log.stat().st_size > LOG_BYTES:
-            log.replace(log.with_suffix(".log.1"))
         kept.restarts += 1
         kept.started = time.monotonic()
-        with log.open("ab") as output:
-            try:
+        try:
+            if log.exists() and log.stat().st_size > LOG_BYTES:
+                log.replace(log.with_suffix(".log.1"))
+            with log.open("ab") as output:
                 kept.process = subprocess.Popen(
                     program.arguments,
                     stdin=subprocess.DEVNULL,
@@ -100,10 +107,10 @@ class Supervisor:
                     stderr=subprocess.STDOUT,
                     preexec_fn=self._die_with_parent,
                 )
-            except (OSError, subprocess.SubprocessError) as error:
-                _say(f"cannot start {program.name}: {error}")
-                self._wait_before_next(kept)
-                return
+        except (OSError, subprocess.SubprocessError) as error:
+            _say(f"cannot start {program.name}: {error}")
+            self._wait_before_next(kept)
+            return
         try:
             kept.id = ProcessId(kept.process.pid, psutil.Process(kept.process.pid).create_time())
         except psutil.NoSuchProcess:
@@ -146,7 +153,10 @@ class Supervisor:
             )
             for kept in self._kept
         }
-        StackState(plan=self._plan, supervisor=self._me, children=children).write()
+        try:
+            StackState(plan=self._plan, supervisor=self._me, children=children).write()
+        except OSError as error:  # a full disk must not end what watches the training
+            _say(f"cannot write stack.json: {error}")
 
 
 def _dies_with(supervisor: int) -> Callable[[], None]:
@@ -164,7 +174,8 @@ def _dies_with(supervisor: int) -> Callable[[], None]:
 
 
 def _say(text: str) -> None:
-    print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}", flush=True)
+    with contextlib.suppress(OSError):  # its own log is the only place, and that disk may be full
+        print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}", flush=True)
 
 
 def main(state_dir: Path) -> None:

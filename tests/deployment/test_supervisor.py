@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,14 @@ def test_children_end_with_a_killed_supervisor(start: Start, tmp_path: Path) -> 
     state = start(WAIT)
     os.kill(state.supervisor.pid, signal.SIGKILL)
     until(lambda: processes_naming(tmp_path) == [], "the child ended with its supervisor")
+
+
+def test_without_its_state_folder_it_ends(start: Start, tmp_path: Path) -> None:
+    """Somebody removed the runs folder: no `down` could find the stack any more."""
+    start(WAIT)
+    shutil.rmtree(tmp_path)
+    until(lambda: processes_naming(tmp_path) == [], "supervisor and child ended")
+    tmp_path.mkdir()
 
 
 def test_a_large_log_is_put_aside_when_its_program_starts(start: Start, tmp_path: Path) -> None:
