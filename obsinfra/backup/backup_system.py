@@ -1,0 +1,409 @@
+"""The backup system: save, choose, restore, verify and prune checkpoints of one folder.
+
+Useful alone in any PyTorch loop, and what the observation floor saves through. Knows nothing of monitoring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import structlog
+import torch
+from torch import nn
+
+from obsinfra.backup.file_layer import FileLayer
+from obsinfra.backup.rng import capture_rng_state, restore_rng_state
+from obsinfra.backup.store import CheckpointStore, Manifest
+from obsinfra.errors import CheckpointError
+
+Kind = Literal["regular", "emergency", "best", "final"]
+
+
+class Stateful(Protocol):
+    """Anything with a state: a scheduler, a scaler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """What a save did. `bytes_written` counts only chunks that were new to the store."""
+
+    path: Path
+    id: str
+    kind: str
+    step: int
+    epoch: int
+    bytes_total: int
+    bytes_written: int
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """One checkpoint looked at in full; `problem` is None when it is sound."""
+
+    path: Path
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A restored state and what was passed over to get it.
+
+    Attributes:
+        state: nested state with CPU tensors.
+        info: its manifest.
+        skipped: newer checkpoints that are damaged, and why.
+    """
+
+    state: Any
+    info: Manifest
+    skipped: tuple[Verification, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What `restore_from_checkpoint` found besides model and optimizer."""
+
+    epoch: int
+    step: int
+    loss: float | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    kind: str = "regular"
+
+
+def create_backup_system(
+    directory: Path | str,
+    *,
+    keep_last: int = 3,
+    keep_best: int = 1,
+    keep_emergency: int = 5,
+    run: str = "",
+    files: FileLayer | None = None,
+) -> BackupSystem:
+    """A backup system over `directory`, which is created at the first save.
+
+    Args:
+        keep_last: regular and final checkpoints that `prune` keeps, the newest.
+        keep_best: `best` checkpoints kept, the newest.
+        keep_emergency: emergency checkpoints kept, the newest.
+        run: run id written into manifests.
+        files: how writes reach the disk; for fault injection.
+    """
+    kept = {"regular": keep_last, "final": keep_last, "best": keep_best, "emergency": keep_emergency}
+    for kind, count in kept.items():
+        if count < 1:
+            raise ValueError(f"at least one {kind} checkpoint must be kept, got {count}")
+    return BackupSystem(CheckpointStore(Path(directory), files), kept, run)
+
+
+class BackupSystem:
+    """One folder of checkpoints; made by `create_backup_system`. Safe to call from several threads."""
+
+    def __init__(self, store: CheckpointStore, kept: Mapping[str, int], run: str) -> None:
+        self.store = store
+        self._kept = dict(kept)
+        self._run = run
+        self._last_saved: Path | None = None
+        self._log = structlog.get_logger("backup")
+
+    # ---- any nested state --------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        epoch: int,
+        kind: Kind = "regular",
+        metrics: Mapping[str, float] | None = None,
+        reason: str | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> SavedCheckpoint:
+        """Commit `state` durably. One save at a time, in this process and among processes.
+
+        Raises:
+            CheckpointError: too little space, or something in the state cannot be stored (named).
+            OSError: the disk failed; the store is as it was.
+        """
+        started = time.perf_counter()
+        with self._writing():
+            manifest, written = self.store.write(
+                state,
+                run=self._run,
+                kind=kind,
+                step=step,
+                epoch=epoch,
+                metrics=metrics or {},
+                reason=reason,
+                attributes={"resumable": True, **(attributes or {})},
+            )
+            self._last_saved = manifest.path
+        return SavedCheckpoint(
+            manifest.path,
+            manifest.id,
+            kind,
+            step,
+            epoch,
+            manifest.bytes_total,
+            written,
+            time.perf_counter() - started,
+        )
+
+    def load(self, checkpoint: Path | str | None = None) -> LoadedCheckpoint:
+        """Read a checkpoint, every byte verified.
+
+        Args:
+            checkpoint: a manifest's path; None takes the newest sound resumable one and reports the damaged
+                newer ones in `skipped`.
+
+        Raises:
+            CheckpointError: the named one is damaged, or there is no sound one.
+        """
+        if checkpoint is not None:
+            manifest = self.store.read_manifest(Path(checkpoint))
+            return LoadedCheckpoint(self.store.read(manifest), manifest)
+        seen: set[Path] = set()
+        problems: dict[Path, str] = {}
+        # A writer may prune what was listed while it is being read; what it saved instead is there then.
+        while fresh := [path for path in self.store.manifest_paths() if path not in seen]:
+            seen.update(fresh)
+            candidates = self._readable(fresh, problems)
+            for manifest in reversed(candidates):
+                if not manifest.attributes.get("resumable", True):
+                    continue
+                try:
+                    state = self.store.read(manifest)
+                except CheckpointError as error:
+                    problems[manifest.path] = str(error)
+                    continue
+                return LoadedCheckpoint(state, manifest, self._skipped(problems, manifest.step))
+        damaged = [problem for path, problem in problems.items() if path.exists()]
+        raise CheckpointError(
+            f"no sound checkpoint in {self.store.root}"
+            + (f" ({len(damaged)} damaged: {damaged[0]})" if damaged else ""),
+            "at least one",
+            "start a new run, or copy a sound checkpoint there",
+        )
+
+    def _skipped(self, problems: Mapping[Path, str], step: int) -> tuple[Verification, ...]:
+        """Of the damaged ones, those that are still there and not older than `step`, as their names say."""
+        skipped = []
+        for path, problem in sorted(problems.items()):
+            if path.name >= f"{step:012d}" and path.exists():
+                self._log.warning("damaged_checkpoint_skipped", path=str(path), problem=problem)
+                skipped.append(Verification(path, problem))
+        return tuple(skipped)
+
+    def _readable(self, paths: Iterable[Path], problems: dict[Path, str] | None = None) -> list[Manifest]:
+        """Manifests, oldest first; why others cannot be read goes into `problems`."""
+        found = []
+        for path in paths:
+            try:
+                found.append(self.store.read_manifest(path))
+            except CheckpointError as error:
+                if problems is not None:
+                    problems[path] = str(error)
+        return sorted(found, key=_age)
+
+    def list(self) -> list[Manifest]:
+        """Readable checkpoints, oldest first; chunks are not looked at."""
+        return self._readable(self.store.manifest_paths())
+
+    def newest(self) -> Manifest | None:
+        """The newest readable checkpoint; chunks are not looked at."""
+        found = self.list()
+        return found[-1] if found else None
+
+    def verify(self, checkpoint: Path | str | None = None) -> Sequence[Verification]:
+        """Read every chunk of one checkpoint or of all, oldest first."""
+        paths = [Path(checkpoint)] if checkpoint is not None else self.store.manifest_paths()
+        results = []
+        for path in paths:
+            try:
+                self.store.verify(self.store.read_manifest(path))
+                results.append(Verification(path, None))
+            except CheckpointError as error:
+                if checkpoint is not None or path.exists():  # else pruned meanwhile
+                    results.append(Verification(path, str(error)))
+        return results
+
+    def prune(self) -> Sequence[Path]:
+        """Remove what the retention does not keep, then chunks nobody needs.
+
+        The newest sound checkpoint stays whatever its kind, and the one saved last whatever its step; so do
+        damaged manifests, for a person to look at.
+
+        Returns:
+            Manifests removed.
+        """
+        with self._writing():
+            manifests = self.list()
+            keep = {
+                manifest.path
+                for kind, count in self._kept.items()
+                for manifest in [m for m in manifests if m.kind == kind][-count:]
+            }
+            keep |= {self._last_saved} if self._last_saved else set()
+            doomed = [manifest for manifest in manifests if manifest.path not in keep]
+            if doomed and (sound := self._newest_sound(manifests)) is not None:
+                doomed = [manifest for manifest in doomed if manifest.path != sound.path]
+            for manifest in doomed:
+                self.store.remove(manifest.path)
+            if doomed:
+                self.store.collect()
+        return [manifest.path for manifest in doomed]
+
+    def _newest_sound(self, manifests: Sequence[Manifest]) -> Manifest | None:
+        for manifest in reversed(manifests):
+            if manifest.attributes.get("resumable", True):
+                with contextlib.suppress(CheckpointError):
+                    # What this very object wrote and hashed is not read again: it would cost its size.
+                    self.store.verify(manifest, only_touched=manifest.path == self._last_saved)
+                    return manifest
+        return None
+
+    # ---- a plain loop's face -----------------------------------------------------------------------
+
+    def create_checkpoint(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        epoch: int = 0,
+        step: int = 0,
+        loss: float | None = None,
+        *,
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
+        kind: Kind = "regular",
+        reason: str | None = None,
+        **extra: Any,
+    ) -> Path:
+        """Save model, optimizer, scheduler, scaler, random states and `extra`; returns the manifest's path.
+
+        Raises:
+            CheckpointError, OSError: as `save`.
+        """
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state |= {"rng": capture_rng_state(), "loss": loss, "extra": extra}
+        metrics = {} if loss is None or loss != loss or abs(loss) == float("inf") else {"loss": float(loss)}
+        return self.save(state, step=step, epoch=epoch, kind=kind, metrics=metrics, reason=reason).path
+
+    def emergency_backup(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        epoch: int = 0,
+        step: int = 0,
+        loss: float | None = None,
+        *,
+        reason: str = "emergency",
+        **state: Any,
+    ) -> Path:
+        """`create_checkpoint` of kind emergency: kept apart from the regular ones by `prune`."""
+        return self.create_checkpoint(
+            model, optimizer, epoch, step, loss, kind="emergency", reason=reason, **state
+        )
+
+    def restore_from_checkpoint(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        checkpoint: Path | str | None = None,
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
+    ) -> TrainingState:
+        """Put a checkpoint back: the named one, or the newest sound one.
+
+        Raises:
+            CheckpointError: none is sound, or it does not fit; the model is untouched then.
+        """
+        loaded = self.load(checkpoint)
+        state, name = loaded.state, loaded.info.path.name
+        given = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        parts = {part_name: part for part_name, part in given.items() if part is not None}
+        if missing := [part_name for part_name in ("model", "rng", *parts) if part_name not in state]:
+            raise CheckpointError(f"{name} has no {', '.join(missing)}", "one saved with it")
+        check_fit(model, state["model"], name)
+        for part_name, part in parts.items():
+            try:
+                part.load_state_dict(state[part_name])
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"the {part_name} does not fit checkpoint {name}: {error}",
+                    f"the {part_name} it was made with",
+                ) from error
+        load_model(model, state["model"], name)
+        restore_rng_state(state["rng"])
+        return TrainingState(
+            loaded.info.epoch,
+            loaded.info.step,
+            state.get("loss"),
+            state.get("extra", {}),
+            loaded.info.path,
+            loaded.info.kind,
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One writer at a time: among threads, backup systems and processes, by a lock on `.writer`."""
+        self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self.store.root / ".writer", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Not lockf: a record lock does not keep out other threads of this process.
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            self.store.prepare()
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile has this descriptor too
+            os.close(fd)
+
+
+def load_model(model: nn.Module, state: Mapping[str, Any], checkpoint: str) -> None:
+    """Load a model's state strictly.
+
+    Raises:
+        CheckpointError: as `check_fit`; the model is as it was.
+    """
+    check_fit(model, state, checkpoint)
+    model.load_state_dict(state)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Any], checkpoint: str) -> None:
+    """Whether a model's state can be loaded strictly.
+
+    Raises:
+        CheckpointError: names or shapes differ; it names the parameters.
+    """
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own.keys() - state.keys()]
+    problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if isinstance(own[name], torch.Tensor) and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}",
+            "the model it was made with",
+            "use the same --model-name and --model-size, or start a new run",
+        )
+
+
+def _age(manifest: Manifest) -> tuple[int, str]:
+    return manifest.step, manifest.created_at
