@@ -1,1 +1,1 @@
-"""Recorder, exporter, samplers, tracing and logging: how a run is seen."""
+"""Seeing: the recorder on the step path, samplers, the metrics server and its page, traces, logs."""

@@ -1,7 +1,4 @@
-"""Sample: one value of one catalogued metric, the common currency of samplers, recorder and exporter.
-
-Everything that measures returns these; the exporter and the evaluator read them. Knows only the catalogue.
-"""
+"""The common currency of values between samplers, monitor, exporter and evaluator."""
 
 from __future__ import annotations
 
@@ -12,13 +9,7 @@ from obsinfra.catalog.metrics import Metric
 
 
 class Sample(NamedTuple):
-    """One value, as of now.
-
-    Attributes:
-        metric: the catalogue's entry; its name carries the unit.
-        labels: label values beyond the run's own, one for each name in `metric.labels`.
-        value: in the metric's unit; a counter's running total.
-    """
+    """One value of a metric; `labels` has the metric's own label names, without the run's."""
 
     metric: Metric
     labels: Mapping[str, str]

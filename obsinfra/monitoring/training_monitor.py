@@ -1,0 +1,656 @@
+"""TrainingMonitor: one object that watches a training loop and shows what it sees.
+
+Wires the recorder, the samplers, the evaluator, the tracer and the metrics server for one process. Useful
+alone; `obsinfra.observe` uses it for the whole loop. Knows no checkpoints and no commands: whoever makes
+them reports them here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from obsinfra.alerting.evaluator import AlertEvaluator, AlertStatus
+from obsinfra.catalog import metrics as catalog
+from obsinfra.catalog.alerts import with_thresholds
+from obsinfra.monitoring.exporter import HistogramSample, MetricsServer, SampleCollector
+from obsinfra.monitoring.gpu_sampler import create_gpu_sampler
+from obsinfra.monitoring.history import History
+from obsinfra.monitoring.host_sampler import HostSampler
+from obsinfra.monitoring.instruments import HistogramValue, Instruments
+from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.monitoring.recorder import Recorder, _Phase, _Step
+from obsinfra.monitoring.sample import Sample
+from obsinfra.monitoring.tracing import Tracer, create_tracer, null_tracer
+
+RUN_STATES = ("starting", "running", "stopping", "finished", "stopped", "failed")
+SHOWN_EVENTS = 20
+"""Checkpoints and commands kept for the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMetrics:
+    """Values of one moment of training, for loops that report instead of being timed.
+
+    Attributes:
+        epoch, step: where training is; `step` is the global step just finished.
+        loss, gradient_norm: numbers or one-element tensors.
+        learning_rate: of the first parameter group.
+        samples: samples consumed since the last report.
+        step_time_seconds: duration of the step, where no `step()` context measured it; left out, the
+            step lasted since the previous report.
+        validation: validation metrics by name, when there are new ones.
+        extra: further values by name.
+    """
+
+    epoch: int
+    step: int
+    loss: Any = None
+    gradient_norm: Any = None
+    learning_rate: float | None = None
+    samples: int = 0
+    step_time_seconds: float | None = None
+    validation: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TrainingMonitor:
+    """Watches one training process.
+
+    Args:
+        model: model name; the `model` label.
+        run: run id; the `run` label. Default: model and start time.
+        rank, world_size: this process's place among the ranks.
+        metrics_host, metrics_port: where `/metrics` and the page listen; a taken port gives way to the next.
+        sample_seconds: interval of host and GPU samples, alert evaluation and history points.
+        thresholds: overrides of the alert table, by key (`catalog.alerts`).
+        trace_every: trace every Nth step besides the slow ones; 0 traces only those.
+        otlp_endpoint: OTLP/HTTP collector; None uses one that answers on 127.0.0.1:4318.
+        trace_file: where spans are also kept, one JSON document a line.
+        disk_path: folder whose free space is watched.
+        epochs: epochs planned, for progress and ETA; 0 when open-ended.
+        device, precision: shown in build info and on the page.
+        after_alerts: called with all pending and firing alerts after each evaluation, on the housekeeping
+            thread.
+        alert_mode: returns `sidecar` or `in-process`, who acts on alerts now; shown on the page.
+    """
+
+    def __init__(
+        self,
+        model: str = "custom",
+        *,
+        run: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        metrics_host: str = "127.0.0.1",
+        metrics_port: int = 9464,
+        sample_seconds: float = 1.0,
+        thresholds: Mapping[str, float] | None = None,
+        trace_every: int = 100,
+        otlp_endpoint: str | None = None,
+        trace_file: Path | None = None,
+        disk_path: Path | None = None,
+        epochs: int = 0,
+        device: str = "cpu",
+        precision: str = "fp32",
+        git_revision: str | None = None,
+        after_alerts: Callable[[Sequence[AlertStatus]], None] | None = None,
+        alert_mode: Callable[[], str] = lambda: "in-process",
+    ) -> None:
+        self.model = model
+        self.run = run or f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        self.rank, self.world_size = rank, world_size
+        self.epochs = epochs
+        self.steps_per_epoch: int | None = None
+        self.state = "starting"
+        self.resumed_from_step: int | None = None
+        self.device, self.precision = device, precision
+        self.started_at = time.time()
+        self.recorder = Recorder(trace_every=trace_every)
+        self.instruments = Instruments()
+        self.history = History()
+        self.tracer: Tracer = null_tracer()
+        self.url: str | None = None
+        self.validation: dict[str, float] = {}
+        self.checkpoints: deque[dict[str, Any]] = deque(maxlen=SHOWN_EVENTS)
+        self.commands: deque[dict[str, Any]] = deque(maxlen=SHOWN_EVENTS)
+        self._last_commit_at = self.started_at
+        self._address = (metrics_host, metrics_port)
+        self._sample_seconds = sample_seconds
+        self._otlp_endpoint, self._trace_file = otlp_endpoint, trace_file
+        self._host_sampler = HostSampler(disk_path or Path.cwd())
+        self._gpu_sampler = create_gpu_sampler()
+        self._sampled: list[Sample] = []
+        self._host_view: dict[str, Any] = {}
+        self._alert_mode = alert_mode
+        self._evaluator = AlertEvaluator(with_thresholds(thresholds or {}), self._for_alerts, clock=time.time)
+        self._after_alerts = after_alerts
+        self.alerts: list[AlertStatus] = []
+        self._server: MetricsServer | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._known_failures: set[str] = set()
+        self._log = get_logger("system")
+        self._revision = git_revision
+        self._exist_from_the_start()
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    def start_monitoring(self) -> None:
+        """Open `/metrics` and the page, start the housekeeping thread and the run's trace.
+
+        Raises:
+            ConfigError: the address cannot be listened on, or the OTLP endpoint is none.
+        """
+        if self._thread is not None:
+            return
+        collector = SampleCollector(
+            {"run": self.run, "model": self.model, "rank": str(self.rank)}, self.samples, self._histograms
+        )
+        host, port = self._address
+        server = MetricsServer(
+            collector, self.live, host=host, port=port, on_error=lambda error: self._failed("exporter", error)
+        )
+        try:
+            self.tracer = create_tracer(
+                run_id=self.run,
+                model=self.model,
+                rank=self.rank,
+                world_size=self.world_size,
+                endpoint=self._otlp_endpoint,
+                trace_file=self._trace_file,
+                probe=self._otlp_endpoint is None,
+            )
+        except BaseException:
+            server.stop()
+            raise
+        self._server, self.url = server, server.url
+        self.tracer.start_run(
+            time.time_ns(), {"obsinfra.device": self.device, "obsinfra.epochs": self.epochs}
+        )
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._housekeeping, name="obsinfra-monitor", daemon=True)
+        self._thread.start()
+
+    def stop_monitoring(self) -> None:
+        """Last samples and spans, then close the port and end the thread. May be called twice."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._thread = None
+        self._tick()
+        self.tracer.close(timeout=3.0)
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+        self._gpu_sampler.close()
+
+    def __enter__(self) -> TrainingMonitor:
+        self.start_monitoring()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop_monitoring()
+
+    # ---- the loop's side -------------------------------------------------------------------------
+
+    def step(self) -> _Step:
+        """Context manager of one step."""
+        return self.recorder.step_context()
+
+    def phase(self, name: str) -> _Phase:
+        """Context manager of a phase (`catalog.metrics.PHASES`)."""
+        return self.recorder.phase(name)
+
+    def record(self, **values: Any) -> None:
+        """Values of the current step; see `Recorder.record`."""
+        self.recorder.record(**values)
+
+    def watch(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate `loader` with the wait for each batch seen as the data phase."""
+        phase = self.recorder.phase("data")
+        iterator = iter(loader)
+        while True:
+            try:
+                with phase:
+                    batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Context manager that times one forward pass outside training; one that raises is not counted.
+
+        It measures wall time. On CUDA call `torch.cuda.synchronize()` before leaving it, or it measures
+        the launch only.
+        """
+        started = time.perf_counter()
+        yield
+        self.instruments.observe(catalog.INFERENCE_LATENCY_SECONDS, time.perf_counter() - started)
+
+    def log_training_metrics(self, metrics: TrainingMetrics) -> None:
+        """Report a moment of training; see `TrainingMetrics`."""
+        recorder = self.recorder
+        recorder.epoch, recorder.step = metrics.epoch, metrics.step
+        in_step = recorder.seconds_in_step() is not None
+        recorder.record(
+            loss=metrics.loss,
+            grad_norm=metrics.gradient_norm,
+            samples=metrics.samples,
+            learning_rate=metrics.learning_rate,
+            **metrics.extra,
+        )
+        if not in_step:
+            recorder.finish_untimed_step(metrics.step_time_seconds)
+        if metrics.validation:
+            self.log_validation(metrics.validation)
+
+    def log_validation(self, values: Mapping[str, float]) -> None:
+        """New validation metrics at the present step."""
+        self.validation = {name: float(value) for name, value in values.items()}
+        for name, value in self.validation.items():
+            self.instruments.set(catalog.VALIDATION_METRIC, value, metric=name)
+        self.history.add_validation(self.recorder.step, self.validation)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """An epoch starts, or goes on after a restart."""
+        self.recorder.epoch = epoch
+        self.tracer.start_epoch(epoch, time.time_ns())
+
+    def end_epoch(self) -> None:
+        """The present epoch is over."""
+        self.tracer.end_epoch(time.time_ns())
+
+    def set_state(self, state: str) -> None:
+        """The run's state, one of `RUN_STATES`."""
+        self.state = state
+        for name in RUN_STATES:
+            self.instruments.set(catalog.RUN_STATE, float(name == state), state=name)
+
+    # ---- what others report ----------------------------------------------------------------------
+
+    def checkpoint_committed(
+        self,
+        *,
+        kind: str,
+        step: int,
+        requested_at: float,
+        bytes_total: int,
+        bytes_written: int,
+        path: str,
+        traceparent: str | None = None,
+    ) -> None:
+        """A checkpoint became durable now. `requested_at` is epoch seconds."""
+        now = time.time()
+        seconds = max(0.0, now - requested_at)  # the clock may have been set back in between
+        self._last_commit_at = now
+        self.checkpoints.appendleft(
+            {"step": step, "kind": kind, "at": now, "bytes": bytes_total, "seconds": seconds}
+        )
+        add, put = self.instruments.add, self.instruments.set
+        add(catalog.CHECKPOINTS, kind=kind)
+        add(catalog.CHECKPOINT_WRITTEN_BYTES, bytes_written)
+        put(catalog.CHECKPOINT_BYTES, bytes_total)
+        put(catalog.CHECKPOINT_STEP, step)
+        self.instruments.observe(catalog.CHECKPOINT_DURATION_SECONDS, seconds)
+        self.tracer.emit(
+            "checkpoint",
+            int(requested_at * 1e9),
+            int(now * 1e9),
+            {
+                "obsinfra.kind": kind,
+                "obsinfra.step": step,
+                "obsinfra.bytes": bytes_total,
+                "obsinfra.path": path,
+            },
+            parent_traceparent=traceparent,
+        )
+
+    def command_finished(
+        self,
+        *,
+        id: str,
+        action: str,
+        source: str,
+        reason: str,
+        outcome: str,
+        step: int | None,
+        started_at: float,
+        traceparent: str | None = None,
+    ) -> None:
+        """A control command reached its final state now. `started_at` is epoch seconds."""
+        now = time.time()
+        self.commands.appendleft(
+            {
+                "id": id,
+                "action": action,
+                "source": source,
+                "state": outcome,
+                "at": now,
+                "step": step,
+                "reason": reason,
+            }
+        )
+        self.instruments.add(catalog.CONTROL_COMMANDS, action=action, outcome=outcome)
+        self.tracer.emit(
+            f"command {action}",
+            int(started_at * 1e9),
+            int(now * 1e9),
+            {"obsinfra.command.id": id, "obsinfra.command.source": source, "obsinfra.outcome": outcome},
+            parent_traceparent=traceparent,
+        )
+
+    # ---- what it shows ---------------------------------------------------------------------------
+
+    def get_performance_summary(self) -> dict[str, Any]:
+        """Totals, rates, quantiles of the last 4,096 step times (seconds), phases and goodput so far."""
+        recorder = self.recorder
+        recorder.fold()
+        recent = sorted(recorder.recent_seconds)
+
+        def quantile(q: float) -> float | None:
+            return recent[min(len(recent) - 1, int(q * len(recent)))] if recent else None
+
+        return {
+            "run": self.run,
+            "model": self.model,
+            "epoch": recorder.epoch,
+            "step": recorder.step,
+            "steps": recorder.steps,
+            "samples": recorder.samples,
+            "wall_seconds": time.time() - self.started_at,
+            "samples_per_second": recorder.samples_per_second(),
+            "step_seconds_mean": recorder.step_seconds_sum / recorder.steps if recorder.steps else None,
+            "step_seconds_p50": quantile(0.50),
+            "step_seconds_p95": quantile(0.95),
+            "step_seconds_p99": quantile(0.99),
+            "phase_seconds": recorder.phase_seconds(),
+            "lost_seconds": recorder.lost_seconds(),
+            "goodput_ratio": recorder.goodput(),
+            "loss": recorder.last_loss,
+            "gradient_norm": recorder.last_grad_norm,
+            "nonfinite_losses": recorder.nonfinite,
+        }
+
+    def samples(self) -> list[Sample]:
+        """Every gauge and counter of this process, as of now."""
+        recorder = self.recorder
+        recorder.fold()
+        out: list[Sample] = []
+
+        def put(metric: catalog.Metric, value: float | None, /, **labels: str) -> None:
+            if value is not None:
+                out.append(Sample(metric, labels, float(value)))
+
+        put(catalog.TRAIN_LOSS, recorder.last_loss)
+        put(catalog.GRADIENT_NORM, recorder.last_grad_norm)
+        put(catalog.GRADIENT_NORM_PEAK, recorder.peak_grad_norm())
+        put(catalog.LEARNING_RATE, recorder.learning_rate)
+        put(catalog.LOSS_SCALE, recorder.loss_scale)
+        put(catalog.NONFINITE_LOSSES, recorder.nonfinite)
+        put(catalog.EPOCH, recorder.epoch)
+        put(catalog.EPOCHS_PLANNED, self.epochs or None)
+        put(catalog.STEP, recorder.step)
+        put(catalog.STEPS, recorder.steps)
+        put(catalog.SAMPLES, recorder.samples)
+        put(catalog.SAMPLES_PER_SECOND, recorder.samples_per_second())
+        put(catalog.STEP_TIME_SECONDS, recorder.step_time())
+        put(catalog.GOODPUT_RATIO, recorder.goodput())
+        put(catalog.CHECKPOINT_AGE_SECONDS, time.time() - self._last_commit_at)
+        put(catalog.TELEMETRY_DROPPED, self.tracer.dropped, component="tracing")
+        put(catalog.TELEMETRY_DROPPED, recorder.dropped, component="recorder")
+        put(catalog.SPANS, self.tracer.created)
+        for name, seconds in recorder.phase_seconds().items():
+            put(catalog.PHASE_SECONDS, seconds, phase=name)
+        for name, seconds in recorder.lost_seconds().items():
+            put(catalog.LOST_SECONDS, seconds, cause=name)
+        for name, value in recorder.train_metric_values().items():
+            put(catalog.TRAIN_METRIC, value, metric=name)
+        firing = {status.alert for status in self.alerts if status.state == "firing"}  # once for all series
+        for alert in sorted(firing, key=lambda alert: alert.name):
+            put(catalog.ALERT_FIRING, 1.0, alert=alert.name, severity=alert.severity)
+        return [*out, *self._sampled, *self.instruments.samples()]
+
+    def live(self, since: int) -> dict[str, Any]:
+        """The document of `/api/live`; numbers that are not finite become null."""
+        recorder = self.recorder
+        recorder.fold()
+        now = time.time()
+        document: dict[str, Any] = {
+            "version": 1,
+            "run": {
+                "id": self.run,
+                "model": self.model,
+                "rank": self.rank,
+                "world_size": self.world_size,
+                "host": socket.gethostname(),
+                "device": self.device,
+                "precision": self.precision,
+                "started": datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds"),
+                "state": self.state,
+                "pid": os.getpid(),
+                "resumed_from_step": self.resumed_from_step,
+            },
+            "now": now,
+            "uptime_seconds": now - self.started_at,
+            "progress": self._progress(),
+            "goodput": {"ratio": recorder.goodput(), "lost_seconds": recorder.lost_seconds()},
+            "phases": recorder.phase_seconds(),
+            "latest": {
+                "loss": recorder.last_loss,
+                "grad_norm": recorder.last_grad_norm,
+                "learning_rate": recorder.learning_rate,
+                "samples_per_second": recorder.samples_per_second(),
+                "step_time_seconds": recorder.median_step_seconds() or None,
+                "loss_scale": recorder.loss_scale,
+                "validation": self.validation,
+                "train": dict(recorder.train_metric_values()),
+            },
+            "host": self._host_view,
+            "alerts": [
+                {
+                    "name": status.alert.name,
+                    "severity": status.alert.severity,
+                    "state": status.state,
+                    "value": status.value / status.alert.scale,
+                    "threshold": status.alert.threshold,
+                    "unit": status.alert.threshold_unit,
+                    "since": status.since,
+                    "summary": status.alert.description,
+                    "labels": dict(status.labels),
+                }
+                for status in self.alerts
+            ],
+            "alert_mode": self._alert_mode(),
+            "checkpoints": list(self.checkpoints),
+            "commands": list(self.commands),
+            "gpus": self._gpu_view(),
+            **self.history.since(since),
+        }
+        finite: dict[str, Any] = _finite(document)
+        return finite
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _exist_from_the_start(self) -> None:
+        """Counters and constant facts are there from the first scrape, so that first events are seen."""
+        add = self.instruments.add
+        for kind in ("regular", "emergency", "best", "final"):
+            add(catalog.CHECKPOINTS, 0, kind=kind)
+            add(catalog.CHECKPOINT_FAILURES, 0, kind=kind)
+        add(catalog.CHECKPOINT_WRITTEN_BYTES, 0)
+        self.set_state("starting")
+        try:
+            torch_version = version("torch")
+        except PackageNotFoundError:
+            torch_version = "none"
+        self.instruments.set(
+            catalog.BUILD_INFO,
+            1.0,
+            version=version("obsinfra"),
+            torch=torch_version,
+            python=platform.python_version(),
+            revision=self._revision or "",
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def _housekeeping(self) -> None:
+        while not self._stop.wait(self._sample_seconds):
+            self._tick()
+
+    def _tick(self) -> None:
+        """One round of housekeeping; each part may fail without stopping the others."""
+        for name, part in (
+            ("recorder", self.recorder.fold),
+            ("samplers", self._sample),
+            ("alerts", self._evaluate),
+            ("tracing", self._trace),
+            ("history", self._remember),
+        ):
+            try:
+                part()
+            except Exception as error:
+                self._failed(name, error)
+
+    def _failed(self, component: str, error: Exception) -> None:
+        self.instruments.add(catalog.TELEMETRY_ERRORS, component=component)
+        if component not in self._known_failures:
+            self._known_failures.add(component)
+            self._log.error("telemetry_failed", component=component, error=repr(error), exc_info=error)
+
+    def _sample(self) -> None:
+        sampled = [*self._host_sampler.sample(), *self._gpu_sampler.sample()]
+        self._sampled = sampled
+        by_name = {metric.name: value for metric, labels, value in sampled if not labels}
+        limit = by_name.get(catalog.CGROUP_MEMORY_LIMIT_BYTES.name)
+        used = by_name.get(catalog.CGROUP_MEMORY_USED_BYTES.name)
+        self._host_view = {
+            "cpu_ratio": by_name.get(catalog.HOST_CPU_RATIO.name),
+            "process_cpu_ratio": by_name.get(catalog.PROCESS_CPU_RATIO.name),
+            "memory_ratio": by_name.get(catalog.MEMORY_PRESSURE_RATIO.name),
+            "memory_used_bytes": used if limit else by_name.get(catalog.HOST_MEMORY_USED_BYTES.name),
+            "memory_limit_bytes": limit or by_name.get(catalog.HOST_MEMORY_TOTAL_BYTES.name),
+            "resident_bytes": by_name.get(catalog.PROCESS_RESIDENT_MEMORY_BYTES.name),
+            "disk_free_bytes": by_name.get(catalog.DISK_FREE_BYTES.name),
+        }
+
+    def _for_alerts(self) -> list[tuple[str, Mapping[str, str], float]]:
+        return [(sample.metric.sample_name, sample.labels, sample.value) for sample in self.samples()]
+
+    def _evaluate(self) -> None:
+        self.alerts = self._evaluator.evaluate()
+        if self._after_alerts is not None:
+            self._after_alerts(self.alerts)
+
+    def _trace(self) -> None:
+        for step in self.recorder.traced_steps():
+            attributes: dict[str, Any] = {} if step.loss is None else {"obsinfra.loss": step.loss}
+            trace_id = self.tracer.emit_step(
+                step.step, step.epoch, step.start_ns, step.end_ns, step.phases, attributes, reason=step.reason
+            )
+            if trace_id:
+                self.recorder.attach_exemplar(
+                    (step.end_ns - step.start_ns) / 1e9, trace_id, step.end_ns / 1e9
+                )
+
+    def _remember(self) -> None:
+        recorder = self.recorder
+        gpus = self._gpu_view()
+        busy = [gpu["utilization_ratio"] for gpu in gpus if gpu["utilization_ratio"] is not None]
+        full = [
+            gpu["memory_used_bytes"] / gpu["memory_total_bytes"]
+            for gpu in gpus
+            if gpu["memory_used_bytes"] is not None and gpu["memory_total_bytes"]
+        ]
+        self.history.add(
+            {
+                "time": time.time(),
+                "step": recorder.step,
+                "loss": recorder.take_mean_loss(),
+                "grad_norm": recorder.peak_grad_norm() if self.state == "running" else None,
+                "learning_rate": recorder.learning_rate,
+                "samples_per_second": recorder.samples_per_second(),
+                "step_time_seconds": recorder.median_step_seconds() or None,
+                "cpu_ratio": self._host_view.get("cpu_ratio"),
+                "memory_ratio": self._host_view.get("memory_ratio"),
+                "gpu_ratio": sum(busy) / len(busy) if busy else None,
+                "gpu_memory_ratio": max(full) if full else None,
+            }
+        )
+
+    def _progress(self) -> dict[str, Any]:
+        recorder = self.recorder
+        eta = None
+        per_epoch = self.steps_per_epoch
+        if per_epoch and self.epochs and recorder.steps:
+            left = self.epochs * per_epoch - recorder.step
+            busy = time.time() - self.started_at - recorder.lost_seconds()["startup"]
+            eta = max(0.0, left * busy / recorder.steps)
+        return {
+            "epoch": recorder.epoch,
+            "epochs": self.epochs or None,
+            "step": recorder.step,
+            "steps_per_epoch": per_epoch,
+            "samples": recorder.samples,
+            "eta_seconds": eta if self.state == "running" else None,
+        }
+
+    def _gpu_view(self) -> list[dict[str, Any]]:
+        values: dict[str, dict[str, float]] = {}
+        for metric, labels, value in self._sampled:
+            if metric.labels == ("device",):
+                values.setdefault(labels["device"], {})[metric.name] = value
+        return [
+            {
+                "device": found["device"],
+                "name": found["name"],
+                "utilization_ratio": values.get(found["device"], {}).get(catalog.GPU_UTILIZATION_RATIO.name),
+                "memory_used_bytes": values.get(found["device"], {}).get(catalog.GPU_MEMORY_USED_BYTES.name),
+                "memory_total_bytes": values.get(found["device"], {}).get(
+                    catalog.GPU_MEMORY_TOTAL_BYTES.name
+                ),
+                "temperature_celsius": values.get(found["device"], {}).get(
+                    catalog.GPU_TEMPERATURE_CELSIUS.name
+                ),
+                "power_watts": values.get(found["device"], {}).get(catalog.GPU_POWER_WATTS.name),
+            }
+            for found in self._gpu_sampler.describe()
+        ]
+
+    def _histograms(self) -> list[HistogramSample]:
+        recorder = self.recorder
+        steps = HistogramValue(
+            list(recorder.bucket_counts),
+            recorder.step_seconds_sum,
+            {
+                index: ({"trace_id": exemplar.trace_id}, exemplar.seconds, exemplar.at)
+                for index, exemplar in list(recorder.exemplars.items())
+            },
+        )
+        return [(catalog.STEP_DURATION_SECONDS, {}, steps), *self.instruments.histograms()]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: replace what is not finite by None, all the way down."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
