@@ -32,7 +32,9 @@ def table_files(path: Path) -> list[Path]:
     """
     kinds = ", ".join(_READERS)
     if not path.exists():
-        raise DataError(f"no market data at {path}", f"a {kinds} file or a folder of them", "check --data-path")
+        raise DataError(
+            f"no market data at {path}", f"a {kinds} file or a folder of them", "check --data-path"
+        )
     if path.is_dir():
         try:
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
@@ -60,13 +62,20 @@ def read_table(path: Path) -> dict[str, NDArray[Any]]:
         raw = _READERS[path.suffix.lower()](path)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, csv.Error) as error:
+    # RuntimeError is h5py's for a damaged file, MemoryError what a damaged length in one leads to.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(
-            f"cannot read {path}: {reason or type(error).__name__}",
+            f"cannot read {path}: {_short(reason) or type(error).__name__}",
             f"a sound {path.suffix.lower()} file with {_EXPECTED}",
         ) from error
     return _canonical(raw, path)
+
+
+def _short(text: str) -> str:
+    """One line that fits a terminal, whatever was in the file."""
+    line = "".join(character if character.isprintable() else "\ufffd" for character in text[:200])
+    return line if len(text) <= 200 else f"{line}…"
 
 
 def _canonical(raw: Mapping[str, Any], path: Path) -> dict[str, NDArray[Any]]:
@@ -78,12 +87,15 @@ def _canonical(raw: Mapping[str, Any], path: Path) -> dict[str, NDArray[Any]]:
     if date_name is None:
         missing.insert(0, "date")
     if missing:
+        found = _short(", ".join(map(str, raw)))
         raise DataError(
-            f"{path} has no column {', '.join(missing)} (found: {', '.join(map(str, raw)) or 'none'})",
+            f"{path} has no column {', '.join(missing)} (found: {found or 'none'})",
             _EXPECTED,
             "rename the columns",
         )
-    lengths = {name: len(by_name[name]) for name in (str(date_name), *COLUMNS)}
+    adjusted = next((name for name in ADJUSTED_COLUMNS if name in by_name), None)
+    used = (str(date_name), *COLUMNS, *([adjusted] if adjusted else []))
+    lengths = {name: len(by_name[name]) for name in used}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path} has columns of different lengths: {lengths}", "equally long columns")
     if not lengths["close"]:
@@ -91,7 +103,6 @@ def _canonical(raw: Mapping[str, Any], path: Path) -> dict[str, NDArray[Any]]:
     table: dict[str, NDArray[Any]] = {"date": _dates(by_name[str(date_name)], path)}
     for name in COLUMNS:
         table[name] = _numbers(by_name[name], name, path)
-    adjusted = next((name for name in ADJUSTED_COLUMNS if name in by_name), None)
     if adjusted is not None:
         table["adj close"] = _numbers(by_name[adjusted], adjusted, path)
     return table
@@ -100,6 +111,8 @@ def _canonical(raw: Mapping[str, Any], path: Path) -> dict[str, NDArray[Any]]:
 def _numbers(values: Any, name: str, path: Path) -> NDArray[np.float64]:
     """A column as float64. Empty cells become NaN, which market_data reports with its row."""
     array = np.asarray(values)
+    if array.ndim != 1:
+        raise DataError(f"{path}: {name} has shape {array.shape}", "one number per row")
     if array.dtype.kind in "fiu":
         return np.ascontiguousarray(array, dtype=np.float64)
     result = np.empty(len(array), dtype=np.float64)
@@ -112,7 +125,8 @@ def _numbers(values: Any, name: str, path: Path) -> NDArray[np.float64]:
             result[row] = float(text)
         except (TypeError, ValueError):
             raise DataError(
-                f"{path}: {name} of data row {row + 1} is {text!r}", "a number with a decimal point"
+                f"{path}: {name} of data row {row + 1} is {_short(repr(text))}",
+                "a number with a decimal point",
             ) from None
     return result
 
@@ -129,7 +143,7 @@ def _dates(values: Any, path: Path) -> NDArray[Any]:
             result[row] = _date(cell)
         except (TypeError, ValueError, OverflowError):
             raise DataError(
-                f"{path}: date of data row {row + 1} is {cell!r}",
+                f"{path}: date of data row {row + 1} is {_short(repr(cell))}",
                 "ISO 8601 such as 2018-12-31 or 2018-12-31T16:00:00, YYYYMMDD, or a Unix time",
             ) from None
     return result
@@ -138,10 +152,10 @@ def _dates(values: Any, path: Path) -> NDArray[Any]:
 def _date(cell: Any) -> np.datetime64:
     text = cell.decode() if isinstance(cell, bytes) else cell
     if isinstance(text, str):
-        try:
+        # fromisoformat would take some numbers of 15 digits for a day in the year 9338.
+        if not text.strip().lstrip("-").isdecimal():
             return _utc(datetime.fromisoformat(text.strip()))
-        except ValueError:
-            text = int(text)
+        text = int(text)
     if isinstance(text, datetime):
         return _utc(text)
     if isinstance(text, date):
@@ -193,9 +207,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     table = parquet.ParquetFile(path).read()
     names = table.column_names
     renamed = [name if name != "__index_level_0__" else "date" for name in names]
-    return {
-        name: column.to_numpy() for name, column in zip(renamed, table.columns, strict=True)
-    }
+    return {name: column.to_numpy() for name, column in zip(renamed, table.columns, strict=True)}
 
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
@@ -206,16 +218,16 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
     with h5py.File(path, "r") as file:
         datasets = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
         compound = [item for item in datasets.values() if item.dtype.names]
-        if len(compound) == 1 and len(datasets) == 1:
-            return {name: compound[0][name] for name in compound[0].dtype.names}
-        if not datasets or compound:
+        if not datasets or (compound and len(datasets) > 1):
             raise DataError(
-                f"{path} holds {', '.join(file) or 'nothing'} at its root",
+                f"{path} holds {_short(', '.join(file)) or 'nothing'} at its root",
                 "one dataset per column, or one compound dataset (pandas' own HDF5 layout is not read)",
             )
         for name, item in datasets.items():
             if item.ndim != 1:
                 raise DataError(f"{path}: dataset {name} has shape {item.shape}", "one dimension")
+        if compound:
+            return {name: compound[0][name] for name in compound[0].dtype.names}
         return {name: item[()] for name, item in datasets.items()}
 
 

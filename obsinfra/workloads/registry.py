@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GROUP = "obsinfra.workloads"
 """Entry-point group in which packages announce their workloads."""
 
+_WANTED = "package.module:factory with factory(*, data_path, model_size, seed) -> Workload"
 REQUIRED = (
     "name",
     "defaults",
@@ -72,9 +73,7 @@ def available_workloads() -> dict[str, str]:
     return found
 
 
-def create_workload(
-    model_name: str, *, data_path: str | None, model_size: str | None, seed: int
-) -> Workload:
+def create_workload(model_name: str, *, data_path: str | None, model_size: str | None, seed: int) -> Workload:
     """The workload of that name.
 
     Args:
@@ -88,6 +87,10 @@ def create_workload(
         DataError: the data is missing or malformed.
     """
     factory = _factory(model_name)
+    try:
+        inspect.signature(factory).bind(data_path=data_path, model_size=model_size, seed=seed)
+    except (TypeError, ValueError) as error:  # ValueError: it has no signature
+        raise UserError(f"the factory of model {model_name!r} cannot be called: {error}", _WANTED) from error
     workload = factory(data_path=data_path, model_size=model_size, seed=seed)
     missing = [part for part in REQUIRED if not hasattr(workload, part)]
     if missing:
@@ -117,23 +120,23 @@ def _factory(model_name: str) -> Callable[..., Any]:
 def _import(model_name: str, target: str) -> Callable[..., Any]:
     module_name, _, attribute = target.partition(":")
     attribute = attribute.partition(" ")[0]
-    wanted = "package.module:factory with factory(*, data_path, model_size, seed) -> Workload"
     if not module_name or not attribute:
-        raise UserError(f"model {model_name!r}", wanted, "correct --model-name")
+        raise UserError(f"model {model_name!r}", _WANTED, "correct --model-name")
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # somebody else's module; it may fail in any way
         raise UserError(
-            f"module {module_name!r} of model {model_name!r} cannot be imported: {error}",
-            wanted,
-            "install the package, or add its folder to PYTHONPATH",
+            f"module {module_name!r} of model {model_name!r} cannot be imported: "
+            f"{type(error).__name__}: {error}",
+            _WANTED,
+            "correct it, install the package, or add its folder to PYTHONPATH",
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise UserError(f"module {module_name!r} has no {attribute!r}", wanted, "correct --model-name")
+            raise UserError(f"module {module_name!r} has no {attribute!r}", _WANTED, "correct --model-name")
         found = getattr(found, part)
     if not callable(found):
-        raise UserError(f"{target!r} is a {type(found).__name__}", wanted)
+        raise UserError(f"{target!r} is a {type(found).__name__}", _WANTED)
     factory: Callable[..., Any] = found
     return factory
 

@@ -1,13 +1,13 @@
 """The arithmetic of PPO: advantages and losses, as pure functions of tensors.
 
-Schulman et al. 2016 (GAE, arXiv 1506.02438), 2017 (PPO, arXiv 1707.06347); value clipping as in Yu et al. 2022
-(MAPPO, arXiv 2103.01955).
+Schulman et al. 2016 (GAE, arXiv 1506.02438), 2017 (PPO, arXiv 1707.06347); value clipping as in Yu et al.
+2022 (MAPPO, arXiv 2103.01955).
 """
 
 from __future__ import annotations
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 
 def generalised_advantages(
@@ -34,7 +34,7 @@ def generalised_advantages(
         Advantages [T, E]; advantages + values are the targets of the critic.
     """
     errors = rewards + discount * next_values * (~terminated) - values
-    carry = discount * smoothing * (~ended)
+    carry = discount * smoothing * (~ended).to(rewards.dtype)
     advantages = torch.empty_like(rewards)
     running = torch.zeros_like(rewards[0])
     for t in range(len(rewards) - 1, -1, -1):
