@@ -205,7 +205,19 @@ SPANS = _counter("spans", "Trace spans created from recorded timestamps.")
 
 # The sidecar's own
 SIDECAR_WEBHOOKS = Metric(
-    "obsinfra_sidecar_webhooks", "counter", "Webhook calls by outcome.", ("outcome",), source="sidecar"
+    "obsinfra_sidecar_webhooks",
+    "counter",
+    "Webhook calls by outcome (accepted, unauthorized, malformed, too_large, too_slow, journal_failed).",
+    ("outcome",),
+    source="sidecar",
+)
+SIDECAR_ALERTS = Metric(
+    "obsinfra_sidecar_alerts",
+    "counter",
+    "Alerts heard of by what was decided (accepted, duplicate, informed, resolved, dry_run, no_run, "
+    "unknown_run, run_ended, unknown_action, expired).",
+    ("decision",),
+    source="sidecar",
 )
 SIDECAR_COMMANDS = Metric(
     "obsinfra_sidecar_commands",

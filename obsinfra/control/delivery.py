@@ -1,0 +1,78 @@
+"""Delivering journalled commands to their runs, and writing down what became of them.
+
+A few daemon threads of the sidecar. What is not settled when the process ends stays in the journal and is
+delivered after the next start; its id keeps it from taking effect twice.
+"""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from obsinfra.control.client import send_command
+from obsinfra.control.command import Ack
+from obsinfra.control.journal import CommandEntry, Journal
+from obsinfra.errors import ObsinfraError
+from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.run.folder import RunFolder
+
+WORKERS = 16
+LATEST_ACK_SECONDS = 10.0
+"""Waited beyond a command's expiry for its last ack."""
+
+
+class Deliverer:
+    """Sends commands, each until its final ack or its expiry.
+
+    Args:
+        output_dir: the folder of runs.
+        journal: where outcomes go.
+        settled: called with the entry, the outcome and the ack, on a worker's thread.
+    """
+
+    def __init__(
+        self, output_dir: Path, journal: Journal, settled: Callable[[CommandEntry, str, Ack | None], None]
+    ) -> None:
+        self._output_dir = output_dir
+        self._journal = journal
+        self._settled = settled
+        self._waiting: queue.SimpleQueue[CommandEntry] = queue.SimpleQueue()
+        self._log = get_logger("system")
+        for number in range(WORKERS):
+            threading.Thread(target=self._work, name=f"obsinfra-delivery-{number}", daemon=True).start()
+
+    def deliver(self, entry: CommandEntry) -> None:
+        """Begin to deliver; returns at once."""
+        self._waiting.put(entry)
+
+    def _work(self) -> None:
+        while True:
+            entry = self._waiting.get()
+            try:
+                self._deliver(entry)
+            except Exception as error:  # a worker that ends would leave later commands undelivered
+                self._log.error("delivery_error", id=entry.command.id, exc_info=error)
+
+    def _deliver(self, entry: CommandEntry) -> None:
+        command = entry.command
+        ack: Ack | None = None
+        outcome: str
+        try:
+            ack = send_command(
+                RunFolder(self._output_dir / command.run),
+                command,
+                timeout_seconds=max(0.0, command.expires_at - time.time()) + LATEST_ACK_SECONDS,
+            )
+            outcome = ack.state
+        except (ObsinfraError, OSError) as error:
+            outcome = "undelivered"
+            self._log.error("undelivered", id=command.id, run=command.run, error=str(error))
+        try:
+            self._journal.settle(command.id, outcome, ack)
+        except sqlite3.Error as error:  # delivered all the same; after a restart the run says so again
+            self._log.error("journal_not_written", id=command.id, error=str(error))
+        self._settled(entry, outcome, ack)
