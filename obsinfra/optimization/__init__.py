@@ -1,0 +1,1 @@
+"""Hardware choices that work in anybody's loop: device, precision, compilation, activation checkpointing."""

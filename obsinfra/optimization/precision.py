@@ -1,0 +1,106 @@
+"""Which device, which precision: chosen once, by capability, and said out loud."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from obsinfra.errors import ConfigError
+
+
+def choose_device(wanted: str, *, disable_gpu: bool = False) -> torch.device:
+    """The device to train on.
+
+    Args:
+        wanted: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        disable_gpu: `auto` means the CPU then; naming a GPU as well is an error.
+
+    Raises:
+        ConfigError: the device does not exist here, or contradicts `disable_gpu`.
+    """
+    if wanted == "auto":
+        if not disable_gpu and torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        if not disable_gpu and torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(
+            f"device {wanted!r}", "auto, cpu, cuda, cuda:N or mps", "correct --device"
+        ) from None
+    if disable_gpu and device.type != "cpu":
+        raise ConfigError(
+            f"device {wanted!r} with the GPU disabled", "one or the other", "drop --disable-gpu"
+        )
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            found = f"cuda:0 … cuda:{count - 1}" if count else "none"
+            raise ConfigError(
+                f"device {wanted!r}", f"a CUDA device of this machine ({found})", "use --device auto"
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device 'mps'", "a Mac with a Metal GPU", "use --device auto")
+    elif device.type not in ("cpu", "mps"):
+        raise ConfigError(f"device {wanted!r}", "auto, cpu, cuda, cuda:N or mps", "correct --device")
+    return device
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A precision and why it was chosen.
+
+    Attributes:
+        name: `fp32`, `bf16` or `fp16`.
+        device_type: where autocast applies.
+        reason: for the log.
+    """
+
+    name: str
+    device_type: str
+    reason: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context for the forward pass; does nothing under fp32."""
+        if self.name == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
+        return torch.autocast(self.device_type, dtype=dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A gradient scaler; enabled under fp16 only, a pass-through otherwise."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def choose_precision(wanted: str, device: torch.device, *, autocast_pays: bool = True) -> Precision:
+    """The autocast precision for `device`.
+
+    `auto` is bf16 where the hardware computes it natively (CUDA capability 8.0 and up, CPUs with
+    AVX512-BF16 or AMX), fp16 on older CUDA devices, fp32 elsewhere and for models that say autocast does
+    not pay.
+    """
+    if wanted != "auto":
+        return Precision(wanted, device.type, "as asked")
+    if not autocast_pays:
+        return Precision("fp32", device.type, "the workload keeps fp32")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Precision("bf16", "cuda", "native on this GPU")
+        return Precision("fp16", "cuda", "this GPU has no native bf16")
+    if device.type == "cpu" and cpu_has_bf16():
+        return Precision("bf16", "cpu", "native on this CPU")
+    return Precision("fp32", device.type, "no native 16-bit arithmetic here")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively, as the kernel's flags tell (Linux on x86 and Arm)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
