@@ -1,0 +1,116 @@
+"""Where in the data a loop is, and how to get there again: for any iterable, exactly where it can be exact.
+
+Loaders with `state_dict`/`load_state_dict` tell their own position. Others are fast-forwarded: the random
+state of the epoch's start is put back, the batches already used are drawn and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from obsinfra.backup.rng import capture_rng_state, restore_rng_state
+from obsinfra.errors import CheckpointError
+
+
+class DataPosition:
+    """Epoch and batch counters of one loop, with what is needed to return to them.
+
+    Attributes:
+        epoch: epoch under way, or the next one between two epochs.
+        batches_done: batches of this epoch whose step has finished.
+        exhausted: the epoch's data is used up; what may be left of the epoch is its validation.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batches_done = 0
+        self.exhausted = False
+        self._epoch_rng: Mapping[str, Any] | None = None
+        self._generator_state: torch.Tensor | None = None
+        self._loader: Any = None
+        self._resume: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position at a step boundary; called on the loop's thread."""
+        loader_state = None
+        if self._loader is not None and hasattr(self._loader, "state_dict"):
+            loader_state = self._loader.state_dict()
+        elif self._resume is not None:
+            loader_state = self._resume.get("loader")
+        generator = getattr(self._loader, "generator", None)
+        return {
+            "generator_now": generator.get_state() if isinstance(generator, torch.Generator) else None,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "exhausted": self.exhausted,
+            "epoch_rng": self._epoch_rng,
+            "generator": self._generator_state,
+            "loader": loader_state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], rng: Mapping[str, Any]) -> None:
+        """Continue from `state` at the next `iterate`; `rng` is the random state to have there."""
+        self.epoch = int(state["epoch"])
+        self.batches_done = int(state["batches_done"])
+        self.exhausted = bool(state["exhausted"])
+        self._epoch_rng = state["epoch_rng"]
+        self._generator_state = state["generator"]
+        self._resume = {**state, "rng": rng}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """A new epoch; the random state of its start is remembered."""
+        self.epoch = epoch
+        self.batches_done = 0
+        self.exhausted = False
+        self._epoch_rng = None
+        self._generator_state = None
+
+    def iterate(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """An iterator over what is left of this epoch.
+
+        Raises:
+            CheckpointError: the loader has fewer batches than were already used.
+        """
+        self._loader = loader
+        resume, self._resume = self._resume, None
+        own_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        generator = getattr(loader, "generator", None)
+        if resume is not None:
+            restore_rng_state(resume["rng"])
+            if own_state and resume["loader"] is not None:
+                loader.load_state_dict(resume["loader"])  # type: ignore[attr-defined]
+            if resume["exhausted"]:
+                if isinstance(generator, torch.Generator) and resume["generator_now"] is not None:
+                    generator.set_state(resume["generator_now"])
+                return iter(())
+            if own_state and resume["loader"] is not None:
+                return iter(loader)
+        if resume is None or resume["batches_done"] == 0 or own_state:
+            if resume is not None and resume["generator_now"] is not None and generator is not None:
+                generator.set_state(resume["generator_now"])
+            if self._epoch_rng is None or resume is None:
+                self._epoch_rng = capture_rng_state()
+                self._generator_state = (
+                    generator.get_state() if isinstance(generator, torch.Generator) else None
+                )
+            return iter(loader)
+        # No own state and some batches used: replay the epoch's start and drop them.
+        restore_rng_state(resume["epoch_rng"])
+        if isinstance(generator, torch.Generator) and resume["generator"] is not None:
+            generator.set_state(resume["generator"])
+        iterator = iter(loader)
+        for done in range(resume["batches_done"]):
+            if next(iterator, _END) is _END:
+                raise CheckpointError(
+                    f"the data ended after {done} batches; {resume['batches_done']} of this epoch were used",
+                    "the same data and batch size as before the checkpoint",
+                    "start a new run for other data",
+                )
+        restore_rng_state(resume["rng"])
+        return iterator
+
+
+_END = object()

@@ -1,0 +1,132 @@
+"""Deciding what `--resume` means: which run folder goes on, from which checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from obsinfra.config.settings import Settings
+from obsinfra.errors import CheckpointError, ConfigError, RunBusyError
+from obsinfra.run.folder import LIVE_STATES, RunFolder, check_run_id, find_run, new_run_id, scan_runs
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePlan:
+    """Where a run lives and what it starts from.
+
+    Attributes:
+        folder: the run's folder; it need not exist yet.
+        store: checkpoint folder to load from; None starts from scratch.
+        checkpoint: a named checkpoint in it; None takes the newest sound one.
+        continues: the folder's own run goes on (same id, counters and history).
+        parent: checkpoint or run a new run is branched from.
+        note: one line for the user, saying what was decided.
+    """
+
+    folder: RunFolder
+    store: Path | None = None
+    checkpoint: Path | None = None
+    continues: bool = False
+    parent: str | None = None
+    note: str = ""
+
+
+def plan_run(settings: Settings, model: str) -> ResumePlan:
+    """Resolve `settings.run` and `settings.resume` against what is on disk.
+
+    Raises:
+        ConfigError: the run name is malformed, taken, or unknown.
+        CheckpointError: there is nothing to resume from.
+        RunBusyError: the run to resume is still running.
+    """
+    output_dir = settings.output_dir
+    resume = settings.resume
+    if settings.run is not None:
+        check_run_id(settings.run)
+    if resume is None:
+        return _new(settings, model)
+    if resume == "auto":
+        folder = _newest_resumable(settings, model)
+        if folder is None:
+            fresh = _new(settings, model)
+            return ResumePlan(fresh.folder, note=f"nothing to resume for {model} in {output_dir}: a new run")
+        return _continue(folder)
+    path = Path(resume).expanduser()
+    if "/" not in resume and not path.exists():
+        return _continue(find_run(output_dir, resume))
+    if not path.exists():
+        raise CheckpointError(
+            f"nothing at {path}",
+            "a run name, a run folder, a checkpoint folder or a checkpoint manifest",
+            "list runs with 'obsinfra runs'",
+        )
+    if (path / "run.json").exists():
+        return _continue(RunFolder(path))
+    fresh = _new(settings, model)
+    if path.is_dir():
+        return ResumePlan(fresh.folder, store=path, parent=str(path), note=f"a new run from {path}")
+    return ResumePlan(
+        fresh.folder,
+        store=path.parent.parent,
+        checkpoint=path,
+        parent=str(path),
+        note=f"a new run from checkpoint {path.name}",
+    )
+
+
+def _new(settings: Settings, model: str) -> ResumePlan:
+    run_id = settings.run or new_run_id(model)
+    folder = RunFolder(settings.output_dir / run_id)
+    if folder.run_json.exists():
+        info = folder.read_info()
+        if info.present_state() in LIVE_STATES:
+            raise _busy(folder)
+        raise ConfigError(
+            f"run {run_id!r} exists already in {settings.output_dir} (state {info.present_state()})",
+            "a new name",
+            f"go on with it by --resume {run_id}, or choose another --run",
+        )
+    return ResumePlan(folder)
+
+
+def _continue(folder: RunFolder) -> ResumePlan:
+    info = folder.read_info()
+    if info.present_state() in LIVE_STATES:
+        raise _busy(folder)
+    if not has_checkpoints(folder.checkpoints):
+        raise CheckpointError(
+            f"run {folder.id} has no checkpoint to resume from",
+            "a run that committed at least one",
+            "start a new run (without --resume)",
+        )
+    return ResumePlan(folder, store=folder.checkpoints, continues=True, note=f"resuming run {folder.id}")
+
+
+def _busy(folder: RunFolder) -> RunBusyError:
+    pids = ", ".join(str(int(process["pid"])) for process in folder.read_info().processes.values())
+    return RunBusyError(
+        f"run {folder.id} is in use by process {pids}",
+        "one trainer per run folder",
+        f"stop it with 'obsinfra signal {folder.id} stop', or choose another --run",
+    )
+
+
+def _newest_resumable(settings: Settings, model: str) -> RunFolder | None:
+    candidates = []
+    for folder in scan_runs(settings.output_dir):
+        if settings.run is not None and folder.id != settings.run:
+            continue
+        try:
+            info = folder.read_info()
+        except ConfigError:
+            continue
+        resumable = info.model == model and info.present_state() in ("stopped", "failed", "dead")
+        if resumable and has_checkpoints(folder.checkpoints):
+            candidates.append((info.started, folder))
+    return max(candidates, key=lambda found: found[0])[1] if candidates else None
+
+
+def has_checkpoints(store: Path) -> bool:
+    """Whether any manifest lies in the store; says nothing of its soundness."""
+    manifests = store / "manifests"
+    return manifests.is_dir() and any(manifests.glob("*.json"))
