@@ -1,0 +1,80 @@
+"""Fault injection for drills and tests: real faults in a real loop, never a faked metric.
+
+`--inject FAULT@STEP[xCOUNT]`, several separated by commas: `explode` multiplies the gradients by 10,000,
+`nan` poisons the loss, `hang` stops the loop's thread, `error` raises.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obsinfra.errors import ConfigError
+
+EXPLOSION = 1e4
+FAULTS = ("explode", "nan", "hang", "error")
+
+
+class InjectedError(RuntimeError):
+    """What `--inject error@STEP` raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault and the half-open range of steps it strikes."""
+
+    kind: str
+    first: int
+    last: int
+
+
+class Faults:
+    """The faults of a run; without any, every call returns at once."""
+
+    def __init__(self, faults: Iterable[Fault] = ()) -> None:
+        self._faults = tuple(faults)
+
+    @classmethod
+    def parse(cls, text: str | None) -> Faults:
+        """Parse `FAULT@STEP[xCOUNT],…`.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        faults = []
+        for item in filter(None, (text or "").replace(" ", "").split(",")):
+            match = re.fullmatch(r"([a-z]+)@(\d+)(?:x(\d+))?", item)
+            if match is None or match[1] not in FAULTS:
+                raise ConfigError(
+                    f"--inject {item!r}", f"FAULT@STEP or FAULT@STEPxCOUNT, FAULT one of {', '.join(FAULTS)}"
+                )
+            first = int(match[2])
+            faults.append(Fault(match[1], first, first + int(match[3] or 1)))
+        return cls(faults)
+
+    def _strikes(self, kind: str, step: int) -> bool:
+        return any(fault.kind == kind and fault.first <= step < fault.last for fault in self._faults)
+
+    def before_forward(self, step: int) -> None:
+        """`hang` waits here until the process is ended from outside; `error` raises."""
+        if not self._faults:
+            return
+        if self._strikes("hang", step):
+            threading.Event().wait()
+        if self._strikes("error", step):
+            raise InjectedError(f"injected at step {step}")
+
+    def on_loss(self, step: int, loss: Tensor) -> Tensor:
+        """`nan` turns the loss, and so every gradient, into NaN."""
+        return loss * float("nan") if self._faults and self._strikes("nan", step) else loss
+
+    def on_gradients(self, step: int, parameters: Iterable[Tensor]) -> None:
+        """`explode` multiplies every gradient."""
+        if self._faults and self._strikes("explode", step):
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, EXPLOSION)
