@@ -100,7 +100,8 @@ def resolve(
                 break
     for field, value in flags.items():
         if value is not None:
-            layer({field: value}, f"flag --{field.replace('_', '-')}")
+            raw = _from_text(field, value) if isinstance(value, str) else value
+            layer({field: raw}, f"flag --{field.replace('_', '-')}")
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -147,7 +148,7 @@ def _only_known(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_text(field: str, text: str) -> Any:
-    """A variable's text as the field's raw value: lists by comma, tables as `key=value` by comma."""
+    """A variable's or flag's text as a raw value: lists by comma, tables as `key=value` by comma."""
     annotation = str(Settings.model_fields[field].annotation)
     if annotation.startswith("dict"):
         pairs = (item.partition("=") for item in text.split(",") if item.strip())

@@ -193,8 +193,8 @@ class Settings(BaseModel):
 
     # The stack
     stack: Literal["auto", "on", "off"] = _setting(
-        "auto",
-        "Native Prometheus, Alertmanager and sidecar: auto (start what is installed), on (required), off.",
+        "off",
+        "Native Prometheus, Alertmanager and sidecar: auto (start them where installed), on (required), off.",
         group="The stack",
     )
 

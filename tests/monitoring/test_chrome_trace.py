@@ -1,4 +1,4 @@
-"""A run's spans become a trace that Perfetto and chrome://tracing lay out: whole, nested, after crashes too."""
+"""A run's spans become a trace that Perfetto and chrome://tracing lay out, even after a crash."""
 
 from __future__ import annotations
 

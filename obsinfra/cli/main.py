@@ -1,0 +1,153 @@
+"""Entry point of `obsinfra`: the commands, and how errors reach a person.
+
+A `UserError` becomes one line on stderr and exit code 2. torch is imported only by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from obsinfra.cli import checkpoints, documents, runs, stack
+from obsinfra.cli.options import with_settings
+from obsinfra.config.resolve import resolve
+from obsinfra.config.settings import Settings, group_of
+from obsinfra.errors import ObsinfraError
+
+app = typer.Typer(
+    name="obsinfra",
+    help="An observability-first PyTorch training stack: what is observed is acted on.\n\n"
+    "Begin with [bold]obsinfra doctor[/bold], [bold]obsinfra demo[/bold] and [bold]obsinfra train[/bold].",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+stderr = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads it at run time
+    typer.Option("--config", help="TOML file of settings; default: obsinfra.toml in this folder, if any."),
+]
+
+
+@app.command(rich_help_panel="Train")
+@with_settings
+def train(flags: dict[str, Any], config: ConfigFile = None) -> None:
+    """Train a model, watched and saved.
+
+    Every setting can also come from the environment (OBSINFRA_<NAME>) or a TOML file; a flag wins over the
+    environment, the environment over the file. On SIGTERM or Ctrl-C the run checkpoints and stops with exit
+    code 128 + signal; 'obsinfra train --resume auto' goes on exactly where it was.
+    """
+    from obsinfra.cli.training import run_training
+
+    raise typer.Exit(run_training(flags, config))
+
+
+@app.command(rich_help_panel="Train")
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the demo's runs and stack.")] = Path(
+        "runs/demo"
+    ),
+    stack_mode: Annotated[
+        str,
+        typer.Option(
+            "--stack", help="auto: real Prometheus and Alertmanager where installed; off: in-process."
+        ),
+    ] = "auto",
+) -> None:
+    """The whole story in under two minutes.
+
+    Trains, makes the gradients explode, sees the alert, gets the emergency checkpoint, kills the trainer with
+    SIGKILL, resumes, and proves that the continuation is identical.
+    """
+    from obsinfra.deployment.demo import run_demo
+
+    raise typer.Exit(run_demo(output_dir, stack_mode, console))
+
+
+@app.command(rich_help_panel="Look")
+def doctor(
+    output_dir: Annotated[Path, typer.Option(help="Folder where runs would go.")] = Path("runs"),
+) -> None:
+    """What this machine has, what is missing, and what to do about it."""
+    from obsinfra.deployment.doctor import examine
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    marks = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "problem": "[red]problem[/]"}
+    findings = examine(output_dir)
+    for finding in findings:
+        table.add_row(marks[finding.status], finding.name, escape(finding.detail), escape(finding.fix or ""))
+    console.print(table)
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Train")
+def models() -> None:
+    """The workloads that --model-name knows."""
+    from obsinfra.workloads.registry import available_workloads
+
+    for name, description in available_workloads().items():
+        console.print(f"[bold]{name}[/bold]  {escape(description)}")
+
+
+config_app = typer.Typer(help="Settings and where their values come from.", no_args_is_help=True)
+app.add_typer(config_app, name="config", rich_help_panel="Look")
+
+
+@config_app.callback()
+def _config() -> None:
+    """Settings and where their values come from."""
+
+
+@config_app.command("show")
+@with_settings
+def config_show(flags: dict[str, Any], config: ConfigFile = None) -> None:
+    """Each resolved setting, its value and its origin."""
+    resolved = resolve(flags, file=config)
+    table = Table(box=None, pad_edge=False)
+    for column in ("setting", "value", "from"):
+        table.add_column(column, overflow="fold")
+    group = ""
+    for field in Settings.model_fields:
+        if group_of(field) != group:
+            group = group_of(field)
+            table.add_row(f"[bold]{group}[/]", "", "")
+        value = getattr(resolved.settings, field)
+        origin = resolved.origins[field]
+        shown = "–" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
+        table.add_row(
+            f"  {field}", escape(shown), origin if origin == "default" else f"[cyan]{escape(origin)}[/]"
+        )
+    console.print(table)
+
+
+runs.register(app)
+stack.register(app)
+checkpoints.register(app)
+documents.register(app)
+
+
+def main() -> None:
+    """Run the CLI; errors made for people become one line."""
+    try:
+        app()
+    except ObsinfraError as error:
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`obsinfra train`: settings, workload, stack, check, trainer, with plain words on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from obsinfra.config.resolve import resolve
+from obsinfra.config.settings import Settings
+from obsinfra.errors import UserError
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def run_training(flags: dict[str, Any], config: Path | None) -> int:
+    """Train to the end and return the exit code.
+
+    Raises:
+        UserError: anything that cannot work, before training starts.
+    """
+    from obsinfra.monitoring.logging_config import configure_logging, shutdown_logging
+    from obsinfra.observation.resume import plan_run
+    from obsinfra.training.preflight import check
+    from obsinfra.training.trainer import Trainer
+    from obsinfra.workloads.registry import create_workload
+
+    settings = resolve(flags, file=config).settings
+    plan = None
+    if settings.resume not in (None, "auto"):
+        plan = plan_run(settings, settings.model_name)
+    elif settings.resume == "auto":
+        plan = plan_run(settings, _model_label(settings))
+    if plan is not None and plan.continues:
+        settings = resolve(flags, file=config, run_config=plan.folder.config_toml).settings
+    workload = create_workload(
+        settings.model_name, data_path=settings.data_path, model_size=settings.model_size, seed=settings.seed
+    )
+    plan = plan or plan_run(settings, workload.name)
+    if plan.note:
+        say("note", plan.note)
+    plan.folder.create()
+    start_stack(settings)
+    configure_logging(
+        plan.folder.logs,
+        level=settings.log_level,
+        run=plan.folder.id,
+        model=workload.name,
+        rank=0,
+        terminal=True,
+    )
+    try:
+        trainer = Trainer(workload, settings, plan)
+        if not settings.disable_testing:
+            check(trainer)
+        say("run", plan.folder.id)
+        say("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})")
+        say("folder", f"{plan.folder.root}  (logs/, checkpoints/, traces/)")
+        outcome = trainer.fit(on_start=lambda run: _where(run, settings))
+    finally:
+        shutdown_logging()
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in outcome.validation.items())
+    ended = f"stopped: {outcome.stopped}" if outcome.stopped else "finished"
+    say("ended", f"{ended} at epoch {outcome.epoch}, step {outcome.step}")
+    if numbers:
+        say("validation", numbers)
+    if outcome.stopped and not settings.disable_backups:
+        say("go on", f"obsinfra train --output-dir {settings.output_dir} --resume {outcome.run_id}")
+    return outcome.exit_code
+
+
+def start_stack(settings: Settings) -> None:
+    """Start the native stack if the settings want it, or say in one line why it does not run."""
+    from obsinfra.deployment.native_stack import NativeStack, StackUnavailable
+
+    if settings.stack == "off" or settings.disable_monitoring:
+        return
+    try:
+        info = NativeStack(settings.output_dir / ".stack").up(settings.output_dir)
+    except StackUnavailable as error:
+        if settings.stack == "on":
+            raise
+        say("stack", f"{error}; going on with in-process alerting")
+        return
+    say(
+        "stack",
+        f"Prometheus {info.prometheus_url}  Alertmanager {info.alertmanager_url}  sidecar {info.sidecar_url}",
+    )
+    say("", f"stop it with: obsinfra down --output-dir {settings.output_dir}")
+
+
+def say(what: str, text: str) -> None:
+    """One aligned line for people."""
+    stderr.print(f"[bold]{what:<11}[/]{escape(text)}", soft_wrap=True)
+
+
+def _where(run: Any, settings: Settings) -> None:
+    if run.monitor.url:
+        say("page", f"{run.monitor.url}/   metrics: {run.monitor.url}/metrics")
+    else:
+        say("page", "none (monitoring is disabled)")
+    if run.resumed is not None:
+        say("resumed", f"{run.resumed.info.path.name} (step {run.step})")
+        for skipped in run.resumed.skipped:
+            say("skipped", f"{skipped.path.name}: {skipped.problem}")
+    if settings.disable_backups:
+        say("checkpoints", "none (backups are disabled)")
+
+
+def _model_label(settings: Settings) -> str:
+    """The `model` label under which runs of this model are kept; a factory is asked for its name."""
+    if ":" not in settings.model_name:
+        return settings.model_name
+    from obsinfra.workloads.registry import create_workload
+
+    try:
+        return create_workload(
+            settings.model_name,
+            data_path=settings.data_path,
+            model_size=settings.model_size,
+            seed=settings.seed,
+        ).name
+    except UserError:
+        return settings.model_name

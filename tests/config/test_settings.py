@@ -1,0 +1,119 @@
+"""Settings: precedence, origins, and one clear message for each impossible value."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obsinfra.config.resolve import dump_toml, resolve
+from obsinfra.config.settings import Settings
+from obsinfra.errors import ConfigError
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_run_beats_the_default(tmp_path: Path) -> None:
+    file, run_config = tmp_path / "my.toml", tmp_path / "config.toml"
+    run_config.write_text("batch_size = 1\nseed = 1\nepochs = 1\nlearning_rate = 1.0\n")
+    file.write_text("batch_size = 2\nseed = 2\nepochs = 2\n")
+    environ = {"BATCH_SIZE": "3", "OBSINFRA_SEED": "3"}
+
+    resolved = resolve({"batch_size": "4"}, file=file, environ=environ, run_config=run_config)
+
+    settings = resolved.settings
+    assert (settings.batch_size, settings.seed, settings.epochs, settings.learning_rate) == (4, 3, 2, 1.0)
+    assert resolved.origins["batch_size"] == "flag --batch-size"
+    assert resolved.origins["seed"] == "env OBSINFRA_SEED"
+    assert resolved.origins["epochs"] == f"file {file}"
+    assert resolved.origins["learning_rate"].startswith("run ")
+    assert resolved.origins["clip_norm"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "expected"),
+    [
+        ("MODEL_NAME", "digits", "model_name", "digits"),
+        ("BATCH_SIZE", "8", "batch_size", 8),
+        ("LEARNING_RATE", "0.5", "learning_rate", 0.5),
+        ("NUM_EPOCHS", "9", "epochs", 9),
+        ("DISABLE_GPU", "1", "disable_gpu", True),
+        ("DISABLE_MONITORING", "true", "disable_monitoring", True),
+        ("DISABLE_BACKUPS", "yes", "disable_backups", True),
+        ("DISABLE_TESTING", "on", "disable_testing", True),
+        ("LOG_LEVEL", "debug", "log_level", "debug"),
+        ("OUTPUT_DIR", "/x", "output_dir", Path("/x")),
+        (
+            "OBSINFRA_THRESHOLDS",
+            "gpu_temperature=80,cpu=70",
+            "thresholds",
+            {"gpu_temperature": 80, "cpu": 70},
+        ),
+        ("OBSINFRA_STOP_SIGNALS", "SIGTERM,SIGUSR1", "stop_signals", ("SIGTERM", "SIGUSR1")),
+    ],
+)
+def test_the_documented_environment_variables_are_read(
+    variable: str, value: str, field: str, expected: object
+) -> None:
+    resolved = resolve({}, environ={variable: value})
+    assert getattr(resolved.settings, field) == expected
+    assert resolved.origins[field] == f"env {variable}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"batch_size": "0"}, ["batch_size", "0", "greater than or equal to 1"]),
+        ({"learning_rate": "-1"}, ["learning_rate", "-1", "greater than 0"]),
+        ({"learning_rate": "nan"}, ["learning_rate", "nan"]),
+        ({"epochs": "many"}, ["epochs", "many", "integer"]),
+        ({"precision": "fp8"}, ["precision", "fp8", "bf16"]),
+        ({"stop_signals": "SIGKILL"}, ["SIGKILL"]),
+        ({"thresholds": "gpu_heat=3"}, ["gpu_heat", "gpu_temperature"]),
+        ({"metrics_port": "70000"}, ["metrics_port", "70000"]),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_origin_and_what_was_expected(
+    flags: dict[str, str], names: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(flags, environ={})
+    for name in names:
+        assert name in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_key_in_the_file_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("batchsize = 3\n")
+    with pytest.raises(ConfigError, match=r"unknown setting 'batchsize' in .*my\.toml.*batch_size"):
+        resolve({}, file=file, environ={})
+
+
+@pytest.mark.parametrize("content", [b"batch_size = [", b"\xff\xfe\x00"])
+def test_a_malformed_file_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "my.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"my\.toml"):
+        resolve({}, file=file, environ={})
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration file"):
+        resolve({}, file=tmp_path / "none.toml", environ={})
+
+
+@given(
+    st.builds(
+        Settings,
+        run=st.none() | st.text(max_size=20),
+        data_path=st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+        seed=st.integers(0, 2**63 - 1),
+        clip_norm=st.floats(0, 1e30),
+        thresholds=st.dictionaries(st.sampled_from(["cpu", "memory"]), st.floats(-1e9, 1e9)),
+        deterministic=st.booleans(),
+    )
+)
+def test_config_toml_reads_back_to_the_same_settings(settings: Settings) -> None:
+    assert Settings(**tomllib.loads(dump_toml(settings))) == settings
