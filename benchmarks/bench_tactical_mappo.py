@@ -10,12 +10,12 @@ the split, which no parameter has seen; it says whatever it says.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from obsinfra.training.schedule import Schedule
 from obsinfra.workloads.registry import create_workload
 from obsinfra.workloads.tactical_mappo import TacticalMappo
 from obsinfra.workloads.tactical_mappo.environment import MarketReplay
@@ -37,9 +37,12 @@ def train(workload: TacticalMappo, seed: int, epochs: int) -> torch.nn.Module:
         betas=defaults.betas,
         eps=defaults.eps,
     )
-    total = epochs * len(batches)
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+    schedule = Schedule(
+        optimizer,
+        defaults.schedule,
+        warmup_steps=defaults.warmup_steps,
+        total_steps=epochs * len(batches),
+        mode=defaults.mode,
     )
     for _ in range(epochs):
         for batch in batches:
@@ -47,7 +50,7 @@ def train(workload: TacticalMappo, seed: int, epochs: int) -> torch.nn.Module:
             workload.training_step(model, batch).loss.backward()
             clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            cosine.step()
+            schedule.step()
     return model.eval()
 
 
@@ -59,9 +62,7 @@ def main() -> None:
     parser.add_argument("--data-path", default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    workload = create_workload(
-        "tactical_mappo", data_path=arguments.data_path, model_size=None, seed=0
-    )
+    workload = create_workload("tactical_mappo", data_path=arguments.data_path, model_size=None, seed=0)
     assert isinstance(workload, TacticalMappo)
     replay = MarketReplay(workload.market, workload.rules)
     training = pieces(workload.market.training, workload.rules.episode_bars)
@@ -82,8 +83,8 @@ def main() -> None:
         print(
             f"{seed:>4} {chance.reward:>8.4f} {held.reward:>8.4f} {trained.reward:>8.4f}   "
             f"{found['reward']:>10.4f} {found['buy_and_hold_reward']:>8.4f} {found['return']:>10.1%} "
-            f"{found['buy_and_hold_return']:>8.1%} {found['sharpe']:>7.2f} {found['buy_and_hold_sharpe']:>6.2f} "
-            f"{seconds:>8.1f}",
+            f"{found['buy_and_hold_return']:>8.1%} {found['sharpe']:>7.2f} "
+            f"{found['buy_and_hold_sharpe']:>6.2f} {seconds:>8.1f}",
             flush=True,
         )
     print(f"trained beats random, hold and doing nothing on the training period: {wins} of {arguments.seeds}")

@@ -1,4 +1,4 @@
-"""Map-style data as `Batches`: shuffled by (seed, epoch), resumed at the exact batch, with or without workers.
+"""Map-style data as `Batches`: shuffled by (seed, epoch), resumed at the exact batch, workers or none.
 
 Used by the workloads over fixed data sets; never draws from torch's global generator.
 """
@@ -27,8 +27,8 @@ def derived_seed(*parts: int | str) -> int:
 def ignore_trainer_signals(worker_id: int) -> None:
     """Worker start: signals to the process group are the trainer's to deal with.
 
-    A worker that died of Ctrl-C would take the batch down that the emergency checkpoint waits for. Workers end
-    when the trainer tells them, or when it is gone.
+    A worker that died of Ctrl-C would take the batch down that the emergency checkpoint waits for. Workers
+    end when the trainer tells them, or when it is gone.
     """
     for number in _TRAINER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -113,7 +113,7 @@ class MapBatches:
             parts.append(part)
             first += len(part)
             wanted -= len(part)
-        return [batch.tolist() for batch in torch.cat(parts).split(self.batch_size)]
+        return [batch.tolist() for batch in torch.split(torch.cat(parts), self.batch_size)]
 
     def _load(self, batches: list[list[int]]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(

@@ -123,8 +123,9 @@ def build_market(instruments: Sequence[Instrument], rules: Rules) -> Market:
         offset += len(instrument)
     if not training or not validation:
         part = "training" if not training else "validation"
+        begins = np.datetime_as_string(split, "D")
         raise DataError(
-            f"no instrument has enough bars for {part} (validation begins {np.datetime_as_string(split, 'D')})",
+            f"no instrument has enough bars for {part} (validation begins {begins})",
             f"{TRAILING + WINDOW + rules.episode_bars} bars before and 20 from that date in one instrument",
             "give a longer history",
         )

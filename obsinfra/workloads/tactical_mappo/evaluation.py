@@ -29,8 +29,8 @@ Policy = Callable[[Accounts], Tensor]
 class Performance(NamedTuple):
     """What a policy earned, averaged over spans.
 
-    `reward` per bar; `total_return` and `max_drawdown` as ratios of the capital at the start; `sharpe` per year
-    without a risk-free rate; `exposure` mean absolute; `turnover` exposure traded per bar.
+    `reward` per bar; `total_return` and `max_drawdown` as ratios of the capital at the start; `sharpe` per
+    year without a risk-free rate; `exposure` mean absolute; `turnover` exposure traded per bar.
     """
 
     reward: float

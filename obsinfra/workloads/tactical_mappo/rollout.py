@@ -164,9 +164,9 @@ class Rollouts:
         """One rollout with the present policy; `self._accounts` are afterwards where the next one begins."""
         schedule, market, agents = self.schedule, self.replay.market, len(AGENTS)
         # Drawn at once, on the CPU: one copy to the device, and the same numbers whatever the device.
-        noise = torch.rand(
-            schedule.bars, schedule.accounts, agents + 1, generator=self._generator
-        ).to(self._device)
+        noise = torch.rand(schedule.bars, schedule.accounts, agents + 1, generator=self._generator).to(
+            self._device
+        )
         rows: dict[str, list[Tensor]] = {}
 
         def keep(**values: Tensor) -> None:
@@ -246,9 +246,9 @@ class Rollouts:
         """
         mine = self.state_dict()
         for key in ("fingerprint", "seed", "batch_size", "schedule"):
-            if state[key] != mine[key]:
+            if state.get(key) != mine[key]:
                 raise DataError(
-                    f"the saved rollout has {key} {state[key]}, this run {mine[key]}",
+                    f"the saved rollout has {key} {state.get(key)!r}, this run {mine[key]!r}",
                     "the data and settings the run was started with",
                     "resume with the same --data-path, --seed and --batch-size, or start a new run",
                 )

@@ -1,4 +1,4 @@
-"""The workload: market, networks, loss and validation put together. Called by the registry and the trainer."""
+"""The workload: market, networks, loss and validation together. Called by the registry and the trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch import nn
 from obsinfra.errors import UserError
 from obsinfra.workloads.market_data import FEATURES, Instrument, load_instruments
 from obsinfra.workloads.protocol import Batches, Defaults, StepOutput
-from obsinfra.workloads.tactical_mappo.environment import MarketReplay, Rules, build_market
+from obsinfra.workloads.tactical_mappo.environment import (
+    AGENTS,
+    N_FEATURES,
+    WINDOW,
+    MarketReplay,
+    Rules,
+    build_market,
+)
 from obsinfra.workloads.tactical_mappo.evaluation import greedy, hold, play
 from obsinfra.workloads.tactical_mappo.networks import SIZES, ActorsAndCritic
 from obsinfra.workloads.tactical_mappo.ppo import (
@@ -137,10 +144,11 @@ class TacticalMappo:
         }
 
     def flops_per_sample(self, model: nn.Module) -> float | None:
-        """Six per weight and pass: two forward, four backward; the rollout's forward passes are two more,
-        shared by the passes over it."""
+        """Per weight two forward and four backward, but two in the first layers, whose input has no gradient;
+        the rollout's forward passes are two more, shared by the passes over it."""
         weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-        return (6.0 + 2.0 / self.schedule.passes) * weights
+        first = (len(AGENTS) + 1) * WINDOW * N_FEATURES * self.width
+        return (6.0 + 2.0 / self.schedule.passes) * weights - 2.0 * first
 
     def describe_data(self) -> dict[str, Any]:
         """Sources, dates and split."""
