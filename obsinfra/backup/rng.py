@@ -31,6 +31,13 @@ def capture_rng_state() -> dict[str, Any]:
     return state
 
 
+def seed_all(seed: int) -> None:
+    """Seed all that `capture_rng_state` captures; NumPy's legacy generator takes the lowest 32 bits."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def restore_rng_state(state: Mapping[str, Any]) -> None:
     """Put a captured state back. CUDA states beyond the devices present here are left out."""
     torch.set_rng_state(state["torch"])

@@ -186,16 +186,18 @@ def trace_export(
     out: Annotated[Path | None, typer.Option(help="Target; default: trace.json in the run folder.")] = None,
 ) -> None:
     """Write the run's spans as a Chrome trace, which https://ui.perfetto.dev and chrome://tracing open."""
-    from obsinfra.monitoring.chrome_trace import export_chrome_trace
+    from obsinfra.monitoring.chrome_trace import export_chrome_trace, find_span_files
 
     folder = find(output_dir, run)
-    files = sorted(folder.traces.glob("spans.jsonl*"), reverse=True)
+    files = find_span_files(folder.traces)
     if not files:
         raise ConfigError(
             f"no spans in {folder.traces}", "a run with monitoring on", "train without --disable-monitoring"
         )
     target = out or folder.root / "trace.json"
-    count = export_chrome_trace(files, target)
+    # The sidecar's spans show where a command came from: alert → delivery → command → checkpoint.
+    sidecar = find_span_files(output_dir / ".stack" / "sidecar" / "traces")
+    count = export_chrome_trace(files, target, beside=sidecar)
     console.print(f"{count} spans → {target}")
 
 

@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
+
 from obsinfra.backup.backup_system import LoadedCheckpoint, create_backup_system
 from obsinfra.backup.compare import count_tensors, differences
 from obsinfra.control.journal import Journal
@@ -28,9 +30,11 @@ from obsinfra.run.folder import RunFolder, new_run_id
 
 T = TypeVar("T")
 
-EXPLODE_AT = 1_500
+EXPLODE_AT = 4_000
+"""Late enough that Prometheus, which takes up to 5 s to use a new target, scrapes the run before."""
+
 EXPLODE_STEPS = 3
-STEPS_AFTER = 300
+STEPS_AFTER = 200
 """Steps that the resumed run takes beyond the one at which the trainer was killed."""
 
 ALERT = "GradientExplosion"
@@ -105,13 +109,13 @@ class Drill:
         self._say(f"training run {self._folder.id}; gradients explode at step {EXPLODE_AT}")
         with self._trainer(f"--run={self._folder.id}") as trainer:
             timeline = self._until_saved(trainer)
-            killed_step = self._progress()
+            killed_step = self._present_step()
             os.kill(trainer.pid, signal.SIGKILL)
             trainer.wait()
-            timeline.append(Moment(time.time(), f"trainer killed with SIGKILL (after step {killed_step})"))
+            timeline.append(Moment(time.time(), f"trainer killed with SIGKILL at step {killed_step}"))
         saved_step = self._checkpoint("emergency").info.step
         self._say(f"saved at step {saved_step}, killed; resuming from that checkpoint")
-        final_step = max(killed_step, saved_step) + STEPS_AFTER
+        final_step = killed_step + STEPS_AFTER
         with self._trainer(f"--resume={self._folder.id}", f"--max-steps={final_step}") as trainer:
             started = self._wait(self._resumed_start, trainer, "the resumed start")
             timeline.append(
@@ -239,8 +243,11 @@ class Drill:
         spans = _documents(self._folder.traces / "spans.jsonl")
         return next((span for span in spans if span.get("name") == name), None)
 
-    def _progress(self) -> int:
-        return int(json.loads((self._folder.root / "progress.json").read_text())["step"])
+    def _present_step(self) -> int:
+        """The step under way, from the run's own live page."""
+        page = self._folder.read_info().metrics_urls["0"].removesuffix("/metrics")
+        # Without a proxy from the environment: this asks the machine itself.
+        return int(httpx.get(f"{page}/api/live", trust_env=False).json()["progress"]["step"])
 
     def _checkpoint(self, kind: str) -> LoadedCheckpoint:
         backup = create_backup_system(self._folder.checkpoints)

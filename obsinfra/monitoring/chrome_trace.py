@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ TRACKS = {"run": 1, "epoch": 1, "step": 2, "phase": 2, "checkpoint": 3, "command
 
 TRACK_NAMES = {1: "run and epochs", 2: "steps", 3: "checkpoints", 4: "commands", 5: "other"}
 OTHER_TRACK = 5
+BESIDE = 1_000_000
+"""Process number of the program beside the run, behind all ranks."""
+
 LANES = 100
 """Spans of a track that overlap without one containing the other go to further lanes of it."""
 
@@ -47,7 +50,7 @@ def find_span_files(folder: Path) -> list[Path]:
     return sorted(found, key=age)
 
 
-def export_chrome_trace(spans_files: Sequence[Path], out: Path) -> int:
+def export_chrome_trace(spans_files: Sequence[Path], out: Path, *, beside: Sequence[Path] = ()) -> int:
     """Write the spans of all `spans_files` to `out`, whole or not at all.
 
     Lines that are no spans (a process was killed while writing) are left out, counted in the trace's
@@ -56,6 +59,8 @@ def export_chrome_trace(spans_files: Sequence[Path], out: Path) -> int:
     Args:
         spans_files: JSON lines as the tracer writes them, of any number of ranks and restarts.
         out: the trace; its folder must exist.
+        beside: span files of another program (the sidecar); of these, what belongs to a trace that the run
+            takes part in is shown as a process of its own.
 
     Returns:
         Spans written.
@@ -71,6 +76,13 @@ def export_chrome_trace(spans_files: Sequence[Path], out: Path) -> int:
                 unreadable += 1
             else:
                 spans.append(span)
+    traces = {span.document.get("trace_id") for span in spans}
+    for path in beside:
+        spans += [
+            replace(span, rank=BESIDE)
+            for span in _read(path)
+            if span is not None and span.document.get("trace_id") in traces
+        ]
     if unreadable:
         get_logger("system").warning("spans_unreadable", lines=unreadable)
     # Parents before children where both start together, so that a lane nests them.
@@ -124,7 +136,8 @@ def _names(spans: Sequence[_Span]) -> Iterator[dict[str, Any]]:
     last = {span.rank: span for span in spans}
     for rank, span in sorted(last.items()):
         about = span.document
-        name = f"rank {rank} · {about.get('run', '')} · {about.get('model', '')}"
+        run = str(about.get("run", ""))
+        name = run if rank == BESIDE else f"rank {rank} · {run} · {about.get('model', '')}"
         yield {"ph": "M", "pid": rank, "tid": 0, "name": "process_name", "args": {"name": name}}
         yield {"ph": "M", "pid": rank, "tid": 0, "name": "process_sort_index", "args": {"sort_index": rank}}
 

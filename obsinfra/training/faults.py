@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from obsinfra.errors import ConfigError
+from obsinfra.monitoring.logging_config import get_logger
 
 EXPLOSION = 1e4
 FAULTS = ("explode", "nan", "hang", "error")
@@ -38,6 +39,7 @@ class Faults:
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         self._faults = tuple(faults)
+        self._announced: set[str] = set()
 
     @classmethod
     def parse(cls, text: str | None) -> Faults:
@@ -58,7 +60,11 @@ class Faults:
         return cls(faults)
 
     def _strikes(self, kind: str, step: int) -> bool:
-        return any(fault.kind == kind and fault.first <= step < fault.last for fault in self._faults)
+        strikes = any(fault.kind == kind and fault.first <= step < fault.last for fault in self._faults)
+        if strikes and kind not in self._announced:
+            self._announced.add(kind)
+            get_logger("training").warning("fault_injected", kind=kind, at_step=step)
+        return strikes
 
     def before_forward(self, step: int) -> None:
         """`hang` waits here until the process is ended from outside; `error` raises."""

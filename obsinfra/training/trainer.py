@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from obsinfra.backup.rng import seed_all
 from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings
 from obsinfra.errors import DataError
@@ -77,7 +78,7 @@ class Trainer:
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        torch.manual_seed(settings.seed)
+        seed_all(settings.seed)
         self.model = workload.build_model().to(self.device)
         if settings.gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -97,12 +98,12 @@ class Trainer:
             self.optimizer,
             settings.schedule or defaults.schedule,
             warmup_steps=defaults.warmup_steps if settings.warmup_steps is None else settings.warmup_steps,
-            total_steps=settings.max_steps or self.epochs * len(self.batches),
+            total_steps=self.epochs * len(self.batches),
             mode=defaults.mode,
         )
         self.best = BestTracker(defaults.mode, settings.patience)
-        self.validate_every = min(settings.validate_every, 1) and max(
-            settings.validate_every, defaults.validate_every
+        self.validate_every = (
+            defaults.validate_every if settings.validate_every is None else settings.validate_every
         )
         self.log = get_logger("training")
 
@@ -128,23 +129,27 @@ class Trainer:
 
     def train(self, run: ObservedRun) -> None:
         """The loop."""
+        self.stop_if_done(run, run.step)
         with Progress(run, self) as progress:
             for epoch in run.epochs(self.epochs):
                 self.model.train()
                 for micro_batches in run.steps(self.batches):
                     self.step(run, micro_batches)
                     progress.step()
-                    if 0 < self.settings.max_steps <= run.step + 1:  # the step under way is done
-                        run.request_stop(f"--max-steps {self.settings.max_steps} reached")
+                    self.stop_if_done(run, run.step + 1)
                 if run.stop is None and self.validate_every and (epoch + 1) % self.validate_every == 0:
                     self.validate(run)
                 progress.epoch()
-                if self.best.exhausted:
-                    run.request_stop(
-                        f"no better {self.workload.defaults.metric} in {self.best.bad} validations"
-                    )
+                self.stop_if_done(run, run.step)
             if run.stop is None:
                 run.checkpoint("final", reason="training finished")
+
+    def stop_if_done(self, run: ObservedRun, steps: int) -> None:
+        """Ask for a stop when `steps` are all that were wanted, or patience has run out."""
+        if 0 < self.settings.max_steps <= steps:
+            run.request_stop(f"--max-steps {self.settings.max_steps} reached")
+        elif self.best.exhausted:
+            run.request_stop(f"no better {self.workload.defaults.metric} in {self.best.bad} validations")
 
     def observe(self) -> ObservedRun:
         """The run around this trainer's model, restored from its checkpoint if it resumes."""
