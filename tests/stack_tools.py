@@ -1,21 +1,17 @@
-"""Asking a running stack: its HTTP answers, its processes, and waiting for what is not there yet."""
+"""Asking a running stack: its HTTP answers and its processes."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
 
 from obsinfra.deployment.native_stack import find_binary
-
-T = TypeVar("T")
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -34,16 +30,6 @@ def get_json(url: str) -> Any:
     """The JSON document at `url`, asked without a proxy."""
     with _direct.open(url, timeout=10) as answer:
         return json.load(answer)
-
-
-def until(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:
-    """Poll until `condition` returns something true and return that; fail naming `what` at the deadline."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 def processes_naming(place: Path) -> list[str]:

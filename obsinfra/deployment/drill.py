@@ -229,7 +229,7 @@ class Drill:
 
     def _logged(self, channel: str, event: str, **values: Any) -> dict[str, Any] | None:
         """The newest event of that name in the run's log, with these values."""
-        for line in reversed(_documents(self._folder.logs / f"{channel}.jsonl")):
+        for line in _documents(self._folder.logs / f"{channel}.jsonl")[::-1]:
             wanted = {"event": event, **values}
             if all(line.get(key) == value for key, value in wanted.items()):
                 return line

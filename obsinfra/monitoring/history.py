@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = (
@@ -27,7 +27,7 @@ MAX_POINTS = 2_000
 
 
 class History:
-    """Points in time of a fixed set of columns. When full, every second point is dropped."""
+    """Points in time of a fixed set of columns: the newest all, the run before them evenly thinned."""
 
     def __init__(self, max_points: int = MAX_POINTS) -> None:
         self._lock = threading.Lock()
@@ -36,6 +36,8 @@ class History:
         self._seqs: list[int] = []
         self._next = 0
         self._thinned_at = 0
+        self._validation_seqs: list[int] = []
+        self._next_validation = 0
         self._validation_steps: list[int] = []
         self._validation: dict[str, list[float | None]] = {}
 
@@ -43,8 +45,9 @@ class History:
         """Append one point; absent columns and values that are not finite become gaps."""
         with self._lock:
             if len(self._seqs) >= self._max:  # before adding, so that the newest point always stays
-                self._seqs = self._seqs[::2]
-                self._columns = {name: column[::2] for name, column in self._columns.items()}
+                kept = _kept(self._seqs, self._max)
+                self._seqs = [self._seqs[i] for i in kept]
+                self._columns = {name: [column[i] for i in kept] for name, column in self._columns.items()}
                 self._thinned_at = self._next + 1
             for name, column in self._columns.items():
                 value = point.get(name)
@@ -56,8 +59,12 @@ class History:
         """Append one validation result."""
         with self._lock:
             if len(self._validation_steps) >= self._max:
-                self._validation_steps = self._validation_steps[::2]
-                self._validation = {name: series[::2] for name, series in self._validation.items()}
+                kept = _kept(self._validation_seqs, self._max)
+                self._validation_seqs = [self._validation_seqs[i] for i in kept]
+                self._validation_steps = [self._validation_steps[i] for i in kept]
+                self._validation = {name: [old[i] for i in kept] for name, old in self._validation.items()}
+            self._validation_seqs.append(self._next_validation)
+            self._next_validation += 1
             before = len(self._validation_steps)
             self._validation_steps.append(step)
             for name in {*self._validation, *metrics}:
@@ -83,3 +90,15 @@ class History:
                 "next": self._next,
                 "reset": reset,
             }
+
+
+def _kept(seqs: Sequence[int], room: int) -> list[int]:
+    """Indices that stay when `room` is used up: the newest quarter, and an even half of what is older.
+
+    Dropping every second of all points each time would leave of the beginning one point in 2ⁿ: nothing.
+    """
+    older = len(seqs) - room // 4
+    stride = 1
+    while sum(seq % stride == 0 for seq in seqs[:older]) > max(1, room // 2):
+        stride *= 2
+    return [i for i, seq in enumerate(seqs) if i >= older or seq % stride == 0]

@@ -68,10 +68,13 @@ def bind(**values: Any) -> None:
     structlog.contextvars.bind_contextvars(**{key: values[key] for key in values if key not in gone})
 
 
-def set_step_source(source: Callable[[], int | None] | None) -> None:
-    """Ask `source` for the present step at every event that has none: no work on the step path."""
-    global _step_source
-    _step_source = source
+def set_context_source(source: Callable[[], Mapping[str, Any]] | None) -> None:
+    """Ask `source` for values (`step`, `trace_id`) at every event that has none of its own.
+
+    So the step path need not bind anything; a value of None is left out.
+    """
+    global _context_source
+    _context_source = source
 
 
 def log_errors() -> int:
@@ -183,7 +186,7 @@ class _Sink:
                 "event": values.pop("event", ""),
                 "channel": channel,
                 **self._identity,
-                **_present_step(),
+                **_present_context(),
                 **structlog.contextvars.get_contextvars(),
                 **values,
             }
@@ -277,9 +280,9 @@ def _exc_info(given: Any) -> ExcInfo | None:
     return None
 
 
-def _present_step() -> dict[str, int]:
-    step = _step_source() if _step_source is not None else None
-    return {} if step is None else {"step": step}
+def _present_context() -> dict[str, Any]:
+    values = _context_source() if _context_source is not None else {}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _level(name: str) -> int:
@@ -308,6 +311,6 @@ def _after_fork_in_child() -> None:
 
 
 _sink: _Sink | None = None
-_step_source: Callable[[], int | None] | None = None
+_context_source: Callable[[], Mapping[str, Any]] | None = None
 _log_errors = 0
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -465,7 +465,7 @@ class Recorder:
     def train_metric_values(self) -> Mapping[str, float]:
         """Further metrics as numbers. Waits for the device if they are on one: not for the loop's thread."""
         out = {}
-        for name, value in list(self.train_metrics.items()):
+        for name, value in self.train_metrics.copy().items():  # a whole copy: the loop adds names
             try:
                 out[name] = float(value)
             except (TypeError, ValueError, RuntimeError):

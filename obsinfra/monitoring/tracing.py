@@ -57,6 +57,12 @@ def parse_traceparent(text: str | None) -> TraceParent | None:
     return TraceParent(trace_id, span_id, bool(int(flags, 16) & 1))
 
 
+def trace_id_of(traceparent: str | None) -> str | None:
+    """The trace a `traceparent` names, as 32 hex digits; None when it is none."""
+    parsed = parse_traceparent(traceparent)
+    return parsed.trace_id if parsed is not None else None
+
+
 def format_traceparent(trace_id: str, span_id: str, *, sampled: bool = True) -> str:
     """Write a `traceparent` of version 00.
 

@@ -33,7 +33,7 @@ from obsinfra.monitoring.instruments import HistogramValue, Instruments
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.recorder import Recorder, _Phase, _Step
 from obsinfra.monitoring.sample import Sample
-from obsinfra.monitoring.tracing import Tracer, create_tracer, null_tracer
+from obsinfra.monitoring.tracing import Tracer, create_tracer, null_tracer, trace_id_of
 
 RUN_STATES = ("starting", "running", "stopping", "finished", "stopped", "failed")
 SHOWN_EVENTS = 20
@@ -122,6 +122,7 @@ class TrainingMonitor:
         self.instruments = Instruments()
         self.history = History()
         self.tracer: Tracer = null_tracer()
+        self.trace_id: str | None = None
         self.url: str | None = None
         self.validation: dict[str, float] = {}
         self.checkpoints: deque[dict[str, Any]] = deque(maxlen=SHOWN_EVENTS)
@@ -177,9 +178,10 @@ class TrainingMonitor:
             server.stop()
             raise
         self._server, self.url = server, server.url
-        self.tracer.start_run(
+        started = self.tracer.start_run(
             time.time_ns(), {"obsinfra.device": self.device, "obsinfra.epochs": self.epochs}
         )
+        self.trace_id = trace_id_of(started)
         self._stop.clear()
         self._thread = threading.Thread(target=self._housekeeping, name="obsinfra-monitor", daemon=True)
         self._thread.start()
@@ -420,9 +422,11 @@ class TrainingMonitor:
             put(catalog.LOST_SECONDS, seconds, cause=name)
         for name, value in recorder.train_metric_values().items():
             put(catalog.TRAIN_METRIC, value, metric=name)
-        firing = {status.alert for status in self.alerts if status.state == "firing"}  # once for all series
-        for alert in sorted(firing, key=lambda alert: alert.name):
-            put(catalog.ALERT_FIRING, 1.0, alert=alert.name, severity=alert.severity)
+        firing = {
+            (status.alert.name, status.alert.severity) for status in self.alerts if status.state == "firing"
+        }  # one series, however many devices the alert fires for
+        for name, severity in sorted(firing):
+            put(catalog.ALERT_FIRING, 1.0, alert=name, severity=severity)
         return [*out, *self._sampled, *self.instruments.samples()]
 
     def live(self, since: int) -> dict[str, Any]:
@@ -639,7 +643,7 @@ class TrainingMonitor:
             recorder.step_seconds_sum,
             {
                 index: ({"trace_id": exemplar.trace_id}, exemplar.seconds, exemplar.at)
-                for index, exemplar in list(recorder.exemplars.items())
+                for index, exemplar in recorder.exemplars.copy().items()
             },
         )
         return [(catalog.STEP_DURATION_SECONDS, {}, steps), *self.instruments.histograms()]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stack_tools import get_json, needs_stack, processes_naming, until
+from stack_tools import get_json, needs_stack, processes_naming
+from waiting import wait_for
 
 from obsinfra.catalog.alerts import ALERTS
 from obsinfra.deployment import native_stack
@@ -49,7 +50,7 @@ def test_up_brings_rules_targets_and_alertmanager_together(stack: NativeStack, r
     groups = get_json(f"{info.prometheus_url}/api/v1/rules")["data"]["groups"]
     assert [rule["name"] for group in groups for rule in group["rules"]] == [alert.name for alert in ALERTS]
     assert [group["interval"] for group in groups] == [1]
-    known = until(
+    known = wait_for(
         lambda: get_json(f"{info.prometheus_url}/api/v1/alertmanagers")["data"]["activeAlertmanagers"],
         "Prometheus knows its Alertmanager",
     )
@@ -60,7 +61,7 @@ def test_up_brings_rules_targets_and_alertmanager_together(stack: NativeStack, r
         healthy = {target["labels"]["job"] for target in targets if target["health"] == "up"}
         return healthy == {"sidecar", "prometheus", "alertmanager"}
 
-    until(all_scraped, "Prometheus scrapes the sidecar, itself and Alertmanager")
+    wait_for(all_scraped, "Prometheus scrapes the sidecar, itself and Alertmanager")
 
 
 @needs_stack
@@ -135,7 +136,7 @@ def test_a_program_that_dies_is_started_again(stack: NativeStack, runs: Path, na
         after = info.children[name]
         return after.restarts == 1 and after.process is not None and after.process != before.process
 
-    until(restarted, f"{name} runs again")
+    wait_for(restarted, f"{name} runs again")
     paths = {"sidecar": "/healthz", "alertmanager": "/-/ready", "prometheus": "/-/ready"}
 
     def answers() -> bool:
@@ -145,7 +146,7 @@ def test_a_program_that_dies_is_started_again(stack: NativeStack, runs: Path, na
             client.sendall(f"GET {paths[name]} HTTP/1.0\r\n\r\n".encode())
             return b" 200 " in client.recv(64)
 
-    until(answers, f"{name} answers on its old port")
+    wait_for(answers, f"{name} answers on its old port")
 
 
 @needs_stack
@@ -171,7 +172,7 @@ def test_children_do_not_outlive_a_killed_supervisor(stack: NativeStack, runs: P
         and str(stack.state_dir) in process.info["cmdline"]
     ]
     supervisor.kill()
-    until(lambda: processes_naming(runs) == [], "nothing of the stack is left")
+    wait_for(lambda: processes_naming(runs) == [], "nothing of the stack is left")
     assert stack.status() is None
     assert not up(stack, runs).already_up
 
@@ -190,7 +191,7 @@ def test_up_removes_children_that_a_killed_supervisor_left(
         command = process.info["cmdline"] or ()
         if "obsinfra.deployment.supervisor" in command and str(stack.state_dir) in command:
             process.kill()
-    until(lambda: stack.status() is None, "the supervisor is gone")
+    wait_for(lambda: stack.status() is None, "the supervisor is gone")
     assert prometheus.alive()
     again = up(stack, runs)
     assert not prometheus.alive()

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stack_tools import processes_naming, until
+from stack_tools import processes_naming
+from waiting import wait_for
 
 from obsinfra.deployment.stack_state import Plan, Program, StackState
 
@@ -48,13 +49,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        return until(lambda: _all_started(tmp_path), "the supervisor started everything")
+        return wait_for(lambda: _all_started(tmp_path), "the supervisor started everything")
 
     yield begin
     state = StackState.read(tmp_path)
     if state is not None and state.supervisor.alive():
         os.kill(state.supervisor.pid, signal.SIGTERM)
-    until(lambda: processes_naming(tmp_path) == [], "nothing is left")
+    wait_for(lambda: processes_naming(tmp_path) == [], "nothing is left")
 
 
 def _all_started(state_dir: Path) -> StackState | None:
@@ -76,23 +77,23 @@ def test_the_supervisor_detaches_from_its_caller(start: Start) -> None:
 def test_sigterm_stops_every_child_and_the_supervisor(start: Start, tmp_path: Path) -> None:
     state = start(WAIT, WAIT)
     os.kill(state.supervisor.pid, signal.SIGTERM)
-    until(lambda: processes_naming(tmp_path) == [], "supervisor and children ended")
+    wait_for(lambda: processes_naming(tmp_path) == [], "supervisor and children ended")
     assert not any(process.alive() for process in state.processes().values())
 
 
 def test_a_child_that_ignores_sigterm_is_killed(start: Start, tmp_path: Path) -> None:
     deaf = "import signal, pathlib, sys; signal.signal(15, 1); pathlib.Path(sys.argv[1], 'deaf').touch(); "
     state = start(deaf + "\nwhile True: signal.pause()", stop_seconds=0.3)
-    until(lambda: (tmp_path / "deaf").exists(), "the child ignores SIGTERM")
+    wait_for(lambda: (tmp_path / "deaf").exists(), "the child ignores SIGTERM")
     os.kill(state.supervisor.pid, signal.SIGTERM)
-    until(lambda: processes_naming(tmp_path) == [], "the deaf child was killed")
+    wait_for(lambda: processes_naming(tmp_path) == [], "the deaf child was killed")
 
 
 def test_a_child_starts_with_no_signal_blocked(start: Start, tmp_path: Path) -> None:
     """The supervisor blocks signals to wait for them; a child that inherited that could not be stopped."""
     start("import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True); signal.pause()")
     log = tmp_path / "logs/p0.log"
-    assert until(log.read_text, "the child's mask is in its log").strip() == "set()"
+    assert wait_for(log.read_text, "the child's mask is in its log").strip() == "set()"
 
 
 def test_a_crashing_program_is_restarted_ever_more_slowly_and_the_other_left_alone(
@@ -104,7 +105,7 @@ def test_a_crashing_program_is_restarted_ever_more_slowly_and_the_other_left_alo
     def lives() -> list[float]:
         return [float(line) for line in (tmp_path / "logs/p0.log").read_text().split()]
 
-    until(lambda: len(lives()) >= 4, "it was started four times")
+    wait_for(lambda: len(lives()) >= 4, "it was started four times")
     first, second, third, fourth = lives()[:4]
     assert second - first < third - second < fourth - third
     now = StackState.read(tmp_path)
@@ -116,14 +117,14 @@ def test_a_crashing_program_is_restarted_ever_more_slowly_and_the_other_left_alo
 def test_children_end_with_a_killed_supervisor(start: Start, tmp_path: Path) -> None:
     state = start(WAIT)
     os.kill(state.supervisor.pid, signal.SIGKILL)
-    until(lambda: processes_naming(tmp_path) == [], "the child ended with its supervisor")
+    wait_for(lambda: processes_naming(tmp_path) == [], "the child ended with its supervisor")
 
 
 def test_without_its_state_folder_it_ends(start: Start, tmp_path: Path) -> None:
     """Somebody removed the runs folder: no `down` could find the stack any more."""
     start(WAIT)
     shutil.rmtree(tmp_path)
-    until(lambda: processes_naming(tmp_path) == [], "supervisor and child ended")
+    wait_for(lambda: processes_naming(tmp_path) == [], "supervisor and child ended")
     tmp_path.mkdir()
 
 
@@ -131,21 +132,21 @@ def test_a_large_log_is_put_aside_when_its_program_starts(start: Start, tmp_path
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/p0.log").write_text("x" * 2000)
     start("print('fresh', flush=True); import signal; signal.pause()", log_bytes=1000)
-    until(lambda: (tmp_path / "logs/p0.log").read_text() == "fresh\n", "the new log has only the new life")
+    wait_for(lambda: (tmp_path / "logs/p0.log").read_text() == "fresh\n", "the new log has only the new life")
     assert (tmp_path / "logs/p0.log.1").stat().st_size == 2000
 
 
 def test_a_program_that_cannot_be_executed_is_tried_again(tmp_path: Path, start: Start) -> None:
     state = start(WAIT)
     os.kill(state.supervisor.pid, signal.SIGTERM)
-    until(lambda: processes_naming(tmp_path) == [], "ended")
+    wait_for(lambda: processes_naming(tmp_path) == [], "ended")
     plan = Plan.read(tmp_path)
     program = tmp_path / "appears-later"
     late = Program("late", [str(program), str(tmp_path)], 1, "", "/")
     Plan(plan.state_dir, plan.output_dir, "later", [late]).write()
     (tmp_path / "stack.json").unlink()
     subprocess.run([sys.executable, "-m", "obsinfra.deployment.supervisor", str(tmp_path)], check=True)
-    until(lambda: StackState.read(tmp_path), "the supervisor runs without it")
+    wait_for(lambda: StackState.read(tmp_path), "the supervisor runs without it")
     program.write_text("#!/bin/sh\nexec sleep 1000\n")
     program.chmod(0o755)
-    until(lambda: _all_started(tmp_path), "it runs once it is there")
+    wait_for(lambda: _all_started(tmp_path), "it runs once it is there")

@@ -26,7 +26,7 @@ from obsinfra.monitoring.logging_config import (
     configure_logging,
     get_logger,
     log_errors,
-    set_step_source,
+    set_context_source,
     shutdown_logging,
 )
 
@@ -37,7 +37,7 @@ def _left_as_found() -> Iterator[None]:
     before = (root.level, list(root.handlers))
     yield
     shutdown_logging()
-    set_step_source(None)
+    set_context_source(None)
     structlog.contextvars.clear_contextvars()
     assert (root.level, list(root.handlers)) == before
 
@@ -124,7 +124,7 @@ def test_step_and_trace_are_there_when_bound(tmp_path: Path) -> None:
 def test_the_present_step_is_asked_for_only_when_something_is_logged(tmp_path: Path) -> None:
     into(tmp_path)
     steps = iter([5, 6])
-    set_step_source(lambda: next(steps))
+    set_context_source(lambda: {"step": next(steps), "trace_id": None})
     log = get_logger("training")
     log.info("a")
     log.debug("not written, so not asked")
