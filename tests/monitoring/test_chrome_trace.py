@@ -195,3 +195,22 @@ def test_whatever_the_spans_every_track_nests(
     assert_nested(complete(document))
     starts = [event["ts"] for event in complete(document)]
     assert all(earlier <= later for earlier, later in pairwise(starts))
+
+
+def test_of_the_sidecars_spans_those_of_the_runs_own_traces_are_shown_beside_it(tmp_path: Path) -> None:
+    """A command's trace begins in the sidecar; alerts of other runs have no place in this run's picture."""
+    run, sidecar = tmp_path / "spans.jsonl", tmp_path / "sidecar.jsonl"
+    run.write_text(line("command stop", 5 * MS, 6 * MS, kind="command"))
+    elsewhere = line("alert Other", 0, MS, kind="alert").replace("a" * 32, "c" * 32)
+    sidecar.write_text(
+        line("alert HighMemory", MS, 2 * MS, kind="alert").replace('"r1"', '"sidecar"') + elsewhere
+    )
+    assert export_chrome_trace([run], tmp_path / "trace.json", beside=[sidecar]) == 2
+    document = json.loads((tmp_path / "trace.json").read_text())
+    assert {event["name"] for event in complete(document)} == {"command stop", "alert HighMemory"}
+    processes = {
+        event["pid"]: event["args"]["name"]
+        for event in document["traceEvents"]
+        if event["name"] == "process_name"
+    }
+    assert sorted(processes.values()) == ["rank 0 · r1 · digits", "sidecar"]
