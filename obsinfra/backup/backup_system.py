@@ -63,7 +63,7 @@ class LoadedCheckpoint:
     Attributes:
         state: nested state with CPU tensors.
         info: its manifest.
-        skipped: newer checkpoints that are damaged, and why.
+        skipped: newer checkpoints that are damaged, and why; newest first.
     """
 
     state: Any
@@ -198,9 +198,9 @@ class BackupSystem:
         )
 
     def _skipped(self, problems: Mapping[Path, str], step: int) -> tuple[Verification, ...]:
-        """Of the damaged ones, those that are still there and not older than `step`, as their names say."""
+        """Of the damaged ones, newest first, those still there and not older than `step` by their names."""
         skipped = []
-        for path, problem in sorted(problems.items()):
+        for path, problem in sorted(problems.items(), reverse=True):
             if path.name >= f"{step:012d}" and path.exists():
                 self._log.warning("damaged_checkpoint_skipped", path=str(path), problem=problem)
                 skipped.append(Verification(path, problem))

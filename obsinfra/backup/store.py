@@ -367,7 +367,8 @@ class CheckpointStore:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements in row-major order, without a copy where it is contiguous on the CPU."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # the stride of a single element may be anything
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
