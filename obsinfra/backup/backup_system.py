@@ -6,10 +6,8 @@ Useful alone in any PyTorch loop, and what the observation floor saves through. 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,8 +17,11 @@ import torch
 from torch import nn
 
 from obsinfra.backup.file_layer import FileLayer
+from obsinfra.backup.manifest import Head, Manifest
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
-from obsinfra.backup.store import CheckpointStore, Manifest
+from obsinfra.backup.state_tree import encode
+from obsinfra.backup.store import CheckpointStore
+from obsinfra.backup.tensors import code_versions, raw_tensor, read_state
 from obsinfra.errors import CheckpointError
 
 Kind = Literal["regular", "emergency", "best", "final"]
@@ -138,17 +139,20 @@ class BackupSystem:
             OSError: the disk failed; the store is as it was.
         """
         started = time.perf_counter()
-        with self._writing():
-            manifest, written = self.store.write(
-                state,
-                run=self._run,
-                kind=kind,
-                step=step,
-                epoch=epoch,
-                metrics=metrics or {},
-                reason=reason,
-                attributes={"resumable": True, **(attributes or {})},
-            )
+        document, tensors = encode(state)
+        head = Head(
+            run=self._run,
+            kind=kind,
+            step=step,
+            epoch=epoch,
+            metrics=metrics or {},
+            reason=reason,
+            attributes={"resumable": True, **(attributes or {})},
+            versions=code_versions(),
+        )
+        raw = [raw_tensor(tensor) for tensor in tensors]
+        with self.store.writing():
+            manifest, written = self.store.commit(head, document, raw)
             self._last_saved = manifest.path
         return SavedCheckpoint(
             manifest.path,
@@ -173,7 +177,7 @@ class BackupSystem:
         """
         if checkpoint is not None:
             manifest = self.store.read_manifest(Path(checkpoint))
-            return LoadedCheckpoint(self.store.read(manifest), manifest)
+            return LoadedCheckpoint(read_state(self.store, manifest), manifest)
         seen: set[Path] = set()
         problems: dict[Path, str] = {}
         # A writer may prune what was listed while it is being read; what it saved instead is there then.
@@ -184,7 +188,7 @@ class BackupSystem:
                 if not manifest.attributes.get("resumable", True):
                     continue
                 try:
-                    state = self.store.read(manifest)
+                    state = read_state(self.store, manifest)
                 except CheckpointError as error:
                     problems[manifest.path] = str(error)
                     continue
@@ -248,7 +252,7 @@ class BackupSystem:
         Returns:
             Manifests removed.
         """
-        with self._writing():
+        with self.store.writing():
             manifests = self.list()
             keep = {
                 manifest.path
@@ -356,20 +360,6 @@ class BackupSystem:
             loaded.info.path,
             loaded.info.kind,
         )
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One writer at a time: among threads, backup systems and processes, by a lock on `.writer`."""
-        self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(self.store.root / ".writer", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            # Not lockf: a record lock does not keep out other threads of this process.
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            self.store.prepare()
-            yield
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile has this descriptor too
-            os.close(fd)
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], checkpoint: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from obsinfra.backup.store import tensor_bytes
+from obsinfra.backup.tensors import tensor_bytes
 
 
 def small_state(seed: int = 0) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BackupSystem:
 
 
 def chunk_path(backup: BackupSystem, digest: str) -> Path:
-    return backup.store.objects / digest[:2] / digest
+    return backup.store.objects.root / digest[:2] / digest
 
 
 def flip(path: Path, chance: random.Random) -> None:
@@ -183,9 +183,9 @@ def test_a_newer_schema_is_refused_clearly_and_older_checkpoints_still_load(back
     loaded = backup.load()
     assert loaded.info.step == 1
     assert [passed.path for passed in loaded.skipped] == [path]
-    objects = sorted((backup.store.objects).rglob("*"))
+    objects = sorted(backup.store.objects.root.rglob("*"))
     backup.store.collect()
-    assert sorted((backup.store.objects).rglob("*")) == objects, "its chunks are not ours to remove"
+    assert sorted(backup.store.objects.root.rglob("*")) == objects, "its chunks are not ours to remove"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_planted_pickle_is_never_executed(
     assert bytes(backup.load().state["model"].numpy()) == payload, "by its own name it is only bytes"
     (backup.store.manifests / "000000000009-regular-abcd.json").write_bytes(payload)
     (backup.store.manifests / "000000000009-regular-abcd.tmp").write_bytes(payload)
-    for file in backup.store.objects.rglob("*"):
+    for file in backup.store.objects.root.rglob("*"):
         if file.is_file():
             file.write_bytes(payload)
 

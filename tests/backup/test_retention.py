@@ -33,13 +33,13 @@ def damage_chunks(backup: BackupSystem, path: Path) -> set[str]:
     others = {digest for info in infos if info.path != path for digest in info.chunks()}
     damaged = mine.chunks() - others or mine.chunks()
     for digest in damaged:
-        file = backup.store.objects / digest[:2] / digest
+        file = backup.store.objects.root / digest[:2] / digest
         file.write_bytes(b"\0" * file.stat().st_size)
     return damaged
 
 
 def objects(backup: BackupSystem) -> set[str]:
-    return {path.name for path in backup.store.objects.rglob("*") if path.is_file()}
+    return {path.name for path in backup.store.objects.root.rglob("*") if path.is_file()}
 
 
 def wanted(backup: BackupSystem) -> set[str]:
@@ -95,7 +95,7 @@ def test_rot_that_no_time_stamp_shows_is_seen_by_the_prune_of_a_later_process(tm
     backup = create_backup_system(tmp_path, keep_last=1)
     first = save(backup, 1)
     for digest in damage_chunks(backup, save(backup, 2)):
-        os.utime(backup.store.objects / digest[:2] / digest, (0, 0))
+        os.utime(backup.store.objects.root / digest[:2] / digest, (0, 0))
     assert create_backup_system(tmp_path, keep_last=1).prune() == []
     assert backup.load().info.path == first
 
@@ -105,7 +105,7 @@ def test_a_missing_chunk_of_the_own_save_is_seen_by_the_prune(tmp_path: Path) ->
     save(backup, 1)
     save(backup, 2)
     digest = sorted(backup.list()[1].chunks() - backup.list()[0].chunks())[0]
-    (backup.store.objects / digest[:2] / digest).unlink()
+    (backup.store.objects.root / digest[:2] / digest).unlink()
     assert backup.prune() == []
 
 

@@ -171,7 +171,12 @@ class Overtaken:
         monkeypatch.setattr(self.reader.store, method, call)
 
 
-MOMENTS = [("manifest_paths", True), ("read_manifest", False), ("read_manifest", True), ("read", False)]
+MOMENTS = [
+    ("manifest_paths", True),
+    ("read_manifest", False),
+    ("read_manifest", True),
+    ("read_tensor", False),
+]
 
 
 @pytest.mark.parametrize(("method", "after"), MOMENTS)
@@ -197,7 +202,7 @@ def test_verify_and_list_leave_out_what_is_pruned_meanwhile(
 def test_a_named_checkpoint_that_is_pruned_meanwhile_is_an_honest_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overtaken = Overtaken(tmp_path, monkeypatch, "read", after=False)
+    overtaken = Overtaken(tmp_path, monkeypatch, "read_tensor", after=False)
     path = overtaken.reader.list()[0].path
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         overtaken.reader.load(path)

@@ -12,7 +12,7 @@ import pytest
 from stack_tools import get_json, needs_stack
 
 from obsinfra.backup.backup_system import create_backup_system
-from obsinfra.backup.store import Manifest
+from obsinfra.backup.manifest import Manifest
 from obsinfra.control.journal import Journal
 from obsinfra.deployment.drill import ALERT, EXPLODE_AT, Drill, DrillResult
 from obsinfra.deployment.native_stack import NativeStack, StackInfo

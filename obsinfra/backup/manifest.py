@@ -1,0 +1,200 @@
+"""The manifest of a checkpoint: everything about it but its bytes, as one sealed JSON file.
+
+Text on disk: one line of JSON, then one line with its sha256. Knows no files, no tensors and no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from obsinfra.errors import CheckpointError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor in a manifest: dtype name (as `torch.<name>`), shape, size in bytes, chunk hashes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything about one checkpoint but its bytes.
+
+    Attributes:
+        path: its file.
+        id: unique within the store.
+        run: run id, may be empty.
+        kind: `regular`, `emergency`, `best` or `final`.
+        step, epoch: where training was.
+        created_at: ISO 8601, UTC.
+        metrics: numbers known at that time.
+        reason: why it was made.
+        attributes: further JSON facts, e.g. `resumable`.
+        parent: id of the checkpoint committed before it.
+        versions: obsinfra, torch and Python that wrote it.
+        state: the JSON document of `state_tree`.
+        tensors: what the document refers to.
+    """
+
+    path: Path
+    id: str
+    run: str
+    kind: str
+    step: int
+    epoch: int
+    created_at: str
+    metrics: Mapping[str, float]
+    reason: str | None
+    attributes: Mapping[str, Any]
+    parent: str | None
+    versions: Mapping[str, str]
+    state: Any = field(repr=False)
+    tensors: tuple[TensorEntry, ...] = field(repr=False)
+
+    @property
+    def bytes_total(self) -> int:
+        """Size of all its tensors."""
+        return sum(entry.nbytes for entry in self.tensors)
+
+    def chunks(self) -> set[str]:
+        """Hashes of every chunk it needs."""
+        return {chunk for entry in self.tensors for chunk in entry.chunks}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the maker of a checkpoint knows of it before anything is written.
+
+    Attributes:
+        run, kind, step, epoch, metrics, reason, attributes, versions: as in `Manifest`.
+    """
+
+    run: str
+    kind: str
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+    reason: str | None
+    attributes: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(dict(self.attributes), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"attributes {self.attributes!r} are not JSON: {error}", "plain JSON values"
+            ) from error
+
+    def body(self, parent: str | None, document: Any, tensors: list[TensorEntry]) -> dict[str, Any]:
+        """The manifest's JSON object, with an id and the present time."""
+        return {
+            "schema": SCHEMA,
+            "id": secrets.token_hex(4),
+            "run": self.run,
+            "kind": self.kind,
+            "step": self.step,
+            "epoch": self.epoch,
+            "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "metrics": {name: _number(float(value)) for name, value in self.metrics.items()},
+            "reason": self.reason,
+            "attributes": dict(self.attributes),
+            "parent": parent,
+            "versions": dict(self.versions),
+            "tensors": [
+                {
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "nbytes": entry.nbytes,
+                    "chunks": list(entry.chunks),
+                }
+                for entry in tensors
+            ],
+            "state": document,
+        }
+
+
+def file_name(body: Mapping[str, Any]) -> str:
+    """Name of a manifest's file: sorts by step."""
+    return f"{body['step']:012d}-{body['kind']}-{body['id']}.json"
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """The text of a manifest's file."""
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return text + b"\nsha256:" + hashlib.sha256(text).hexdigest().encode() + b"\n"
+
+
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """Read and check a manifest's text.
+
+    Raises:
+        CheckpointError: damaged, malformed, or of another schema.
+    """
+    text, _, seal = raw.partition(b"\n")
+    if seal != b"sha256:" + hashlib.sha256(text).hexdigest().encode() + b"\n":
+        raise CheckpointError(f"manifest {path.name} is damaged", "the text its own sha256 names")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise CheckpointError(f"manifest {path.name} is not a JSON object", "a checkpoint manifest")
+    if body.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path.name} has schema {body.get('schema')}",
+            f"schema {SCHEMA}",
+            "use the version of obsinfra that wrote it, or a newer one",
+        )
+    try:
+        return manifest_of(path, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} is malformed: {error!r}", "a checkpoint manifest") from error
+
+
+def manifest_of(path: Path, body: Mapping[str, Any]) -> Manifest:
+    """The manifest whose JSON object is `body`."""
+    return Manifest(
+        path=path,
+        id=str(body["id"]),
+        run=str(body["run"]),
+        kind=str(body["kind"]),
+        step=int(body["step"]),
+        epoch=int(body["epoch"]),
+        created_at=str(body["created_at"]),
+        metrics={name: _from_number(value) for name, value in body["metrics"].items()},
+        reason=body["reason"],
+        attributes=dict(body["attributes"]),
+        parent=body["parent"],
+        versions=dict(body["versions"]),
+        state=body["state"],
+        tensors=tuple(
+            TensorEntry(
+                str(e["dtype"]), tuple(map(int, e["shape"])), int(e["nbytes"]), tuple(map(str, e["chunks"]))
+            )
+            for e in body["tensors"]
+        ),
+    )
+
+
+def _number(value: float) -> Any:
+    """JSON has no NaN and no infinities: they go as text, marked as `state_tree` marks them."""
+    return value if math.isfinite(value) else {"$": "float", "text": repr(value)}
+
+
+def _from_number(value: Any) -> float:
+    return float(value["text"]) if isinstance(value, dict) else float(value)
