@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from obsinfra.control.command import Ack, AckState, Command, RefusedError, parse_command
+from obsinfra.control.command import Ack, AckState, Command, RefusedError, bounded, parse_command
 from obsinfra.control.doors import InboxDoor, SocketDoor
 from obsinfra.control.ledger import AckLedger
 from obsinfra.errors import CommandError
@@ -27,6 +27,9 @@ PRUNE_SECONDS = 3600.0
 
 MAX_WAITING = 100
 """Commands that may wait for the loop."""
+
+_ENDED = "the run has ended; expected a running one"
+_INTERRUPTED = "the trainer ended while it executed this command"
 
 
 class ControlChannel:
@@ -56,6 +59,7 @@ class ControlChannel:
         self._rank = rank
         self._ledger = AckLedger(folder.acks)
         self._lock = threading.Lock()
+        self._admitting = threading.Lock()
         self._waiting: deque[Command] = deque()
         self._open: dict[str, Ack] = {}
         self._ended = False
@@ -86,13 +90,13 @@ class ControlChannel:
             left = list(self._waiting)
             self._waiting.clear()
         for command in left:
-            self._settle(command, "rejected", "the run has ended; expected a running one")
+            self._settle(command, "rejected", _ENDED)
         self._stopping.set()
         if self._socket is not None:
             self._socket.wake()
-        if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5)
-            self._thread = None
+        thread = self._thread
+        if thread is not None and threading.current_thread() is not thread:
+            thread.join(timeout=5)
 
     def _serve(self) -> None:
         door = self._socket
@@ -110,19 +114,33 @@ class ControlChannel:
             except Exception as error:  # whatever comes through a door must not close it
                 self._log.error("control_channel_error", exc_info=error)
                 self._stopping.wait(POLL_SECONDS)
-        if door is not None:
-            door.close()
+        try:
+            self._inbox.poll()  # what came last is rejected, and does not lie there for a resumed run
+        except Exception as error:
+            self._log.error("control_channel_error", exc_info=error)
+        finally:
+            if door is not None:
+                door.close()
 
     # ---- in ------------------------------------------------------------------------------------------
 
     def receive(self, raw: bytes, door: str) -> Ack | None:
-        """Take in one message from a door; returns what to answer, None for garbage."""
+        """Take in one message from a door; returns what to answer, None for garbage. Never raises."""
+        try:
+            return self._received(raw, door)
+        except Exception as error:  # one message must not keep those behind it from being heard
+            self._log.error("control_message_error", door=door, exc_info=error)
+            return None
+
+    def _received(self, raw: bytes, door: str) -> Ack | None:
         try:
             command = parse_command(raw, run=self._folder.id, now=time.time())
         except RefusedError as refused:
-            known = self._known(refused.command.id)
-            if known is not None:
+            known, present = self._known(refused.command.id)
+            if known is not None and (known.final or present):
                 return known  # a replay hears what became of the first one
+            if known is not None and known.state == "running":
+                return self._settle(refused.command, "failed", _INTERRUPTED)
             return self._settle(refused.command, refused.state, str(refused))
         except CommandError as error:
             self._on_garbage(door, str(error))
@@ -132,33 +150,29 @@ class ControlChannel:
     def submit(self, command: Command) -> Ack:
         """Queue a command that was checked already; returns `accepted`, or what is known of its id."""
         accepted = Ack(command.id, "accepted", self._rank, at=time.time())
-        with self._lock:
-            if (known := self._open.get(command.id)) is not None:
+        with self._admitting:  # one at a time, so that of two with the same id the second finds the first
+            known, present = self._known(command.id)
+            if known is not None and (known.final or present):
                 return known
-            full, ended = len(self._waiting) >= MAX_WAITING, self._ended
-            if not full and not ended:
-                self._open[command.id] = accepted
-        earlier = self._ledger.last(command.id)
-        if earlier is not None and earlier.final:
             with self._lock:
-                self._open.pop(command.id, None)
-            return earlier
-        if ended:
-            return self._settle(command, "rejected", "the run has ended; expected a running one")
-        if full:
-            return self._settle(command, "rejected", f"{MAX_WAITING} commands wait already; try again later")
-        if earlier is not None and earlier.state == "running":
-            # Twice is worse than once reported: a stop that took effect must not stop the resumed run.
-            return self._settle(command, "failed", "the trainer ended while it executed this command")
-        self._record(accepted)
-        with self._lock:
-            if not self._ended:
-                self._waiting.append(command)
-                ended = False
-            else:
-                ended = True
-        if ended:
-            return self._settle(command, "rejected", "the run has ended; expected a running one")
+                full, ended = len(self._waiting) >= MAX_WAITING, self._ended
+                self._open[command.id] = accepted
+            refused: tuple[Literal["rejected", "failed"], str] | None = None
+            if known is not None and known.state == "running":
+                # Twice is worse than once reported: a stop that took effect must not stop the resumed run.
+                refused = "failed", _INTERRUPTED
+            elif full:
+                refused = "rejected", f"{MAX_WAITING} commands wait already; try again later"
+            elif not ended:
+                self._record(accepted)
+                with self._lock:
+                    ended = self._ended  # while the disk wrote
+                    if not ended:
+                        self._waiting.append(command)
+        if ended and refused is None:
+            refused = "rejected", _ENDED
+        if refused is not None:
+            return self._settle(command, *refused)
         self._on_arrival()
         return accepted
 
@@ -188,32 +202,40 @@ class ControlChannel:
         result: Mapping[str, Any] | None = None,
         error: str | None = None,
     ) -> None:
-        """Say how far a command has come: durably, and to whoever listens. Never raises for a full disk."""
-        ack = Ack(id, state, self._rank, step, result, error, time.time())
+        """Say how far a command has come: durably, and to whoever listens.
+
+        Never raises: not for a full disk, nor for a result or an error that is no JSON or very long.
+        """
+        self._say(Ack(id, state, self._rank, step, result, error, time.time()))
+
+    def _say(self, ack: Ack) -> Ack:
+        ack = bounded(ack)
         with self._lock:
-            if ack.final:
-                self._open.pop(id, None)
-            else:
-                self._open[id] = ack
-        self._record(ack)
+            self._open[ack.id] = ack
+        if self._record(ack) and ack.final:  # known by its file from here on
+            with self._lock:
+                self._open.pop(ack.id, None)
         if self._socket is not None:
             self._socket.publish(ack)
         if ack.final:
-            self._inbox.settled(id)
+            self._inbox.settled(ack.id)
+        return ack
 
     def _settle(self, command: Command, state: Literal["rejected", "expired", "failed"], error: str) -> Ack:
-        self.ack(command.id, state, error=error)
-        ack = Ack(command.id, state, self._rank, error=error, at=time.time())
+        ack = self._say(Ack(command.id, state, self._rank, error=error, at=time.time()))
         self._on_outcome(command, ack)
         return ack
 
-    def _known(self, id: str) -> Ack | None:
+    def _known(self, id: str) -> tuple[Ack | None, bool]:
+        """What was said last of `id`, and whether this process has it in hand; else one that is gone had."""
         with self._lock:
             known = self._open.get(id)
-        return known or self._ledger.last(id)
+        return (known, True) if known is not None else (self._ledger.last(id), False)
 
-    def _record(self, ack: Ack) -> None:
+    def _record(self, ack: Ack) -> bool:
         try:
             self._ledger.record(ack)
         except OSError as error:  # the command still takes effect; only a restart could not know of it
             self._log.error("ack_not_written", id=ack.id, state=ack.state, error=str(error))
+            return False
+        return True

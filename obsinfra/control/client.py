@@ -20,6 +20,9 @@ from obsinfra.run.folder import ENDED_STATES, RunFolder
 
 Door = Literal["auto", "socket", "inbox"]
 ACK_POLL_SECONDS = 0.05
+RUN_POLL_SECONDS = 1.0
+"""How often a client that waits at the inbox asks whether the run has ended meanwhile."""
+
 CONNECT_SECONDS = 2.0
 
 
@@ -52,9 +55,7 @@ def send_command(
         NoAnswerError: no such ack in time.
         CommandError: the run has ended, the door is closed, or the command cannot be handed over.
     """
-    state = folder.read_info().state
-    if state in ENDED_STATES:
-        raise CommandError(f"run {folder.id} has ended ({state}); expected a running one")
+    _check_not_ended(folder)
     deadline = time.monotonic() + timeout_seconds
     if door != "inbox":
         try:
@@ -121,13 +122,30 @@ def _by_inbox(folder: RunFolder, command: Command, deadline: float, wait_for: st
         write_atomic(target, command.to_json() + "\n")
     except OSError as error:
         raise CommandError(f"cannot write {target}: {error.strerror or error}") from error
+    look_again = time.monotonic() + RUN_POLL_SECONDS
     while True:
         ack = ledger.last(command.id)
         if ack is not None and (ack.final or wait_for == "accepted"):
             return ack
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             raise _no_answer(folder, command)
+        if now > look_again:
+            look_again = now + RUN_POLL_SECONDS
+            try:
+                _check_not_ended(folder)
+            except CommandError:
+                if (ack := ledger.last(command.id)) is not None and ack.final:
+                    return ack
+                target.unlink(missing_ok=True)  # a run resumed later must not obey it
+                raise
         time.sleep(ACK_POLL_SECONDS)
+
+
+def _check_not_ended(folder: RunFolder) -> None:
+    state = folder.read_info().state
+    if state in ENDED_STATES:
+        raise CommandError(f"run {folder.id} has ended ({state}); expected a running one")
 
 
 def _no_answer(folder: RunFolder, command: Command) -> NoAnswerError:

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 from obsinfra.catalog.actions import ACTIONS
@@ -99,8 +99,8 @@ class Ack:
         return self.state in FINAL_STATES
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        """One line of JSON; ASCII, since the name of a file in a result need not be UTF-8."""
+        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
 
 
 class RefusedError(CommandError):
@@ -155,6 +155,10 @@ def parse_command(raw: bytes, *, run: str, now: float) -> Command:
         CommandError: it is no command at all.
     """
     document = _object(raw)
+    try:  # half a surrogate pair or 1e999 would fail later, wherever the command is written down
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"JSON that cannot be written again: {str(error)[:200]}") from None
     identity = document.get("id")
     if not isinstance(identity, str) or not _ID.fullmatch(identity):
         raise CommandError(
@@ -232,6 +236,18 @@ def parse_ack(raw: bytes) -> Ack:
     return ack
 
 
+def bounded(ack: Ack) -> Ack:
+    """`ack`, with a result and an error that fit into a line of JSON, whatever an action made of them."""
+    result = ack.result
+    try:
+        fits = len(json.dumps(result, allow_nan=False)) <= MAX_COMMAND_BYTES // 2
+    except (TypeError, ValueError, RecursionError):
+        fits = False
+    if not fits:
+        result = {"unreadable": _shown(result)}
+    return replace(ack, result=result, error=ack.error[:MAX_TEXT] if ack.error is not None else None)
+
+
 def _object(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_COMMAND_BYTES:
         raise CommandError(f"{len(raw)} bytes; expected at most {MAX_COMMAND_BYTES}")
@@ -269,5 +285,6 @@ def _moment(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    # Nested values by their kind alone: they may lie deeper than repr can follow.
+    text = f"of type {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -20,7 +20,9 @@ from obsinfra.errors import ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.run.folder import RunFolder
 
-WORKERS = 16
+WORKERS = 64
+"""A hanging run holds one for each of its commands until that expires; other runs must find one free."""
+
 LATEST_ACK_SECONDS = 10.0
 """Waited beyond a command's expiry for its last ack."""
 
@@ -40,7 +42,8 @@ class Deliverer:
         self._output_dir = output_dir
         self._journal = journal
         self._settled = settled
-        self._waiting: queue.SimpleQueue[CommandEntry] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[CommandEntry | None] = queue.SimpleQueue()
+        self._stopping = False
         self._log = get_logger("system")
         for number in range(WORKERS):
             threading.Thread(target=self._work, name=f"obsinfra-delivery-{number}", daemon=True).start()
@@ -49,9 +52,14 @@ class Deliverer:
         """Begin to deliver; returns at once."""
         self._waiting.put(entry)
 
+    def stop(self) -> None:
+        """Begin no further delivery; workers end, each after the one under way."""
+        self._stopping = True
+        for _ in range(WORKERS):
+            self._waiting.put(None)
+
     def _work(self) -> None:
-        while True:
-            entry = self._waiting.get()
+        while (entry := self._waiting.get()) is not None and not self._stopping:
             try:
                 self._deliver(entry)
             except Exception as error:  # a worker that ends would leave later commands undelivered

@@ -7,6 +7,7 @@ not what a command means.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -30,6 +31,9 @@ SETTLE_SECONDS = 1.0
 
 CHUNK = 64 * 1024
 
+NO_DESCRIPTOR_SECONDS = 0.05
+"""Pause before the next attempt to let a client in when this process has no descriptor left."""
+
 Receive = Callable[[bytes, str], Ack | None]
 """Takes one message and the door's name; returns the ack to answer with, None for garbage."""
 
@@ -46,8 +50,8 @@ class _Client:
 class SocketDoor:
     """A listening Unix stream socket, 0600: one command a line in, acks a line each out.
 
-    Whoever sent a command hears every ack of it until the connection ends. All methods but `publish` and
-    `wake` are for the one thread that polls.
+    Whoever sent a command hears every ack of it until the connection, or the client's half of it, is closed.
+    All methods but `publish` and `wake` are for the one thread that polls.
 
     Args:
         path: where to listen; what lies there is removed first.
@@ -73,7 +77,7 @@ class SocketDoor:
             with short_address(path) as address:
                 self._listener.bind(address)
             path.chmod(0o600)
-            self._listener.listen(MAX_CLIENTS)
+            self._listener.listen(128)
         except OSError:
             for end in (self._listener, self._wake_reader, self._wake_writer):
                 end.close()
@@ -110,12 +114,16 @@ class SocketDoor:
         while self._published:
             ack = self._published.popleft()
             for client in [client for client in self._clients if ack.id in client.ids]:
+                if ack.final:
+                    client.ids.discard(ack.id)
                 self._say(client, ack.to_json())
 
     def close(self, linger_seconds: float = 1.0) -> None:
         """Deliver what is unsent for at most `linger_seconds`, then close and remove the socket."""
         self._selector.unregister(self._listener)
-        self._listener.close()
+        _end(self._listener)
+        with contextlib.suppress(OSError):
+            self._path.unlink()
         deadline = time.monotonic() + linger_seconds
         self.poll(0)
         while any(client.unsent for client in self._clients) and time.monotonic() < deadline:
@@ -125,15 +133,15 @@ class SocketDoor:
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
         if self in _doors:
             _doors.remove(self)
 
     def _welcome(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it went away again, or there is no descriptor left: the inbox still works
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it stays at the door; look again a bit later
+                time.sleep(NO_DESCRIPTOR_SECONDS)
             return
         connection.setblocking(False)
         if len(self._clients) >= MAX_CLIENTS:
@@ -172,7 +180,8 @@ class SocketDoor:
         if ack is None:
             self._say(client, json.dumps({"error": "not a command; see obsinfra signal --help"}))
             return
-        client.ids.add(ack.id)
+        if not ack.final:
+            client.ids.add(ack.id)
         self._say(client, ack.to_json())
 
     def _say(self, client: _Client, line: str) -> None:
@@ -199,9 +208,10 @@ class SocketDoor:
         if client in self._clients:
             self._clients.remove(client)
             self._selector.unregister(client.connection)
-            client.connection.close()
+            _end(client.connection)
 
     def _close_in_child(self) -> None:
+        self._selector.close()
         for end in (self._listener, self._wake_reader, self._wake_writer):
             end.close()
         for client in self._clients:
@@ -225,67 +235,100 @@ class InboxDoor:
         self._lock = threading.Lock()
         self._names: dict[str, str] = {}
         self._settled: set[str] = set()
+        self._ignored: set[str] = set()
+        self._unfinished: dict[str, tuple[tuple[int, int], float]] = {}
 
     def poll(self) -> None:
         """Take in what is new."""
         try:
             with os.scandir(self._folder) as entries:
-                names = sorted(
+                present = {
                     entry.name
                     for entry in entries
-                    if entry.name.endswith(".json")
-                    and not entry.name.startswith(".")
-                    and entry.name not in self._names
-                )
+                    if entry.name.endswith(".json") and not entry.name.startswith(".")
+                }
         except OSError:  # removed or unreadable: the socket still works
             return
+        self._unfinished = {name: seen for name, seen in self._unfinished.items() if name in present}
+        with self._lock:
+            self._ignored &= present
+            self._settled.clear()
+            names = sorted(present - self._names.keys() - self._ignored)
         for name in names[:MAX_FILES_A_POLL]:
             self._take(name)
 
     def settled(self, id: str) -> None:
         """A command got its final ack: its file goes. Any thread."""
         with self._lock:
+            self._settled.add(id)  # its file may be under way in `_take`
             names = [name for name, owner in self._names.items() if owner == id]
         for name in names:
             self._remove(name)
 
     def _take(self, name: str) -> None:
-        path = self._folder / name
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
+            status, raw = _read(self._folder / name)
+        except OSError as error:  # a lack of descriptors passes; a link or forbidden file stays what it is
+            if error.errno in (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
+                self._ignore(name)
+            return
+        if not stat.S_ISREG(status.st_mode):
             self._ignore(name)
             return
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                self._ignore(name)
-                return
-            raw = file.read(MAX_COMMAND_BYTES + 1)
-        if _may_be_unfinished(raw) and time.time() - status.st_mtime < SETTLE_SECONDS:
+        if _may_be_unfinished(raw) and self._changed_lately(name, status):
             return  # somebody writes it in place; looked at again in the next poll
         ack = self._receive(raw, "inbox")
-        if ack is None or ack.final:
-            self._remove(name)
-            return
         with self._lock:
-            self._names[name] = ack.id
+            done = ack is None or ack.final or ack.id in self._settled
+            if ack is not None and not done:
+                self._names[name] = ack.id
+        if done:
+            self._remove(name)
+
+    def _changed_lately(self, name: str, status: os.stat_result) -> bool:
+        """By what was seen here: the clock of who writes it may be another one."""
+        state, now = (status.st_size, status.st_mtime_ns), time.monotonic()
+        before = self._unfinished.get(name)
+        if before is None or before[0] != state:
+            self._unfinished[name] = (state, now)
+            return True
+        return now - before[1] < SETTLE_SECONDS
 
     def _ignore(self, name: str) -> None:
-        """Something that is no file of ours to read or remove is reported once and then passed over."""
-        self._receive(b"", "inbox")
+        """What is no file of ours to read or remove is reported once, and passed over while it is there."""
         with self._lock:
-            self._names[name] = ""
+            self._ignored.add(name)
+        self._receive(b"", "inbox")
 
     def _remove(self, name: str) -> None:
         try:
             (self._folder / name).unlink(missing_ok=True)
-        except OSError:
+        except OSError:  # read-only by now: once is enough
             with self._lock:
-                self._names[name] = ""
-            return
+                self._ignored.add(name)
         with self._lock:
             self._names.pop(name, None)
+
+
+def _read(path: Path) -> tuple[os.stat_result, bytes]:
+    """Status and content of a file; of what is no regular file, no content. Never waits for a writer."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status, raw = os.fstat(fd), bytearray()
+        while stat.S_ISREG(status.st_mode) and len(raw) <= MAX_COMMAND_BYTES:
+            if not (part := os.read(fd, MAX_COMMAND_BYTES + 1 - len(raw))):
+                break
+            raw += part
+        return status, bytes(raw)
+    finally:
+        os.close(fd)
+
+
+def _end(connection: socket.socket) -> None:
+    """Close it for every process that may hold a copy, a child forked at a bad moment included."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def _may_be_unfinished(raw: bytes) -> bool:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
-from obsinfra.run.folder import HEARTBEAT_SECONDS, LIVE_STATES, RunFolder, RunInfo, scan_runs
+from obsinfra.run.folder import ENDED_STATES, HEARTBEAT_SECONDS, LIVE_STATES, RunFolder, RunInfo, scan_runs
 
 PROMETHEUS_SILENT_SECONDS = 30.0
 """After this long without a request to `/sd`, alerts are left to the trainers themselves."""
@@ -31,11 +31,17 @@ FRESH_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class SeenRun:
-    """A run as of the last scan."""
+    """A run as of the last scan.
+
+    Attributes:
+        live: whether a trainer of it runs.
+        addresses: rank (as text) → host and port of its `/metrics`.
+    """
 
     folder: RunFolder
     info: RunInfo
     live: bool
+    addresses: dict[str, str]
 
 
 class RunWatch:
@@ -55,6 +61,7 @@ class RunWatch:
         self._wake = threading.Event()
         self._stopping = False
         self._beaten: set[str] = set()
+        self._unreadable: set[str] = set()
         self._log = get_logger("system")
         self._thread = threading.Thread(target=self._watch, name="obsinfra-run-watch", daemon=True)
 
@@ -92,11 +99,11 @@ class RunWatch:
             runs = [run for run in self._runs.values() if run.live]
         return [
             {
-                "targets": [urlsplit(url).netloc],
-                "labels": {"run": run.info.id, "model": run.info.model, "rank": rank},
+                "targets": [address],
+                "labels": {"run": run.folder.id, "model": run.info.model, "rank": rank},
             }
             for run in runs
-            for rank, url in sorted(run.info.metrics_urls.items())
+            for rank, address in run.addresses.items()
         ]
 
     @property
@@ -119,13 +126,16 @@ class RunWatch:
         states: Counter[str] = Counter()
         for folder in scan_runs(self._output_dir):
             try:
-                info = folder.read_info()
-            except ConfigError:
+                seen = _look_at(folder)
+            except Exception as error:  # whatever stands in one run.json, the other runs are watched
                 states["unreadable"] += 1
+                if folder.id not in self._unreadable:
+                    self._log.warning("run_unreadable", label_run=folder.id, error=str(error))
+                    self._unreadable.add(folder.id)
                 continue
-            live = _lives(folder, info)
-            states[info.state if live or info.state not in LIVE_STATES else "dead"] += 1
-            runs[folder.id] = SeenRun(folder, info, live)
+            self._unreadable.discard(folder.id)
+            states[seen.info.state if seen.live or seen.info.state not in LIVE_STATES else "dead"] += 1
+            runs[folder.id] = seen
         with self._lock:
             self._runs = runs
         if self.prometheus_asks and not self._stopping:
@@ -140,6 +150,19 @@ class RunWatch:
             self._beaten.add(folder.id)
         except OSError as error:
             self._log.warning("heartbeat_not_written", run=folder.id, error=str(error))
+
+
+def _look_at(folder: RunFolder) -> SeenRun:
+    info = folder.read_info()
+    if info.state not in (*LIVE_STATES, *ENDED_STATES) or not isinstance(info.model, str):
+        raise ConfigError(
+            f"state {info.state!r} and model {info.model!r} in {folder.run_json}",
+            "a run.json written by a trainer",
+        )
+    addresses = {rank: urlsplit(url).netloc for rank, url in sorted(info.metrics_urls.items())}
+    return SeenRun(
+        folder, info, _lives(folder, info), {rank: found for rank, found in addresses.items() if found}
+    )
 
 
 def _lives(folder: RunFolder, info: RunInfo) -> bool:

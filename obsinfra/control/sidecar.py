@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import secrets
 import socket
 import sqlite3
@@ -32,6 +33,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.catalog.actions import ACTIONS
 from obsinfra.control.command import Ack
 from obsinfra.control.delivery import Deliverer
+from obsinfra.control.idle_connections import PatientForAWhile
 from obsinfra.control.journal import AlertEntry, CommandEntry, Journal
 from obsinfra.control.run_watch import RunWatch
 from obsinfra.control.webhook import STALE_SECONDS, Webhook, WebhookAlert, age_seconds, command_for
@@ -125,6 +127,7 @@ class Sidecar:
     def stop(self) -> None:
         """End the watch; deliveries under way stay in the journal."""
         self.watch.stop()
+        self.deliverer.stop()
         self.tracer.close(timeout=2.0)
         self.journal.close()
 
@@ -248,8 +251,6 @@ def create_app(sidecar: Sidecar, token: str) -> FastAPI:
         return HTTPException(status, detail, headers)
 
     async def body_of(request: Request) -> bytes:
-        if int(request.headers.get("content-length") or 0) > MAX_BODY_BYTES:
-            raise refuse(413, "too_large", f"expected at most {MAX_BODY_BYTES} bytes")
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -320,6 +321,7 @@ def run_sidecar(settings: SidecarSettings) -> None:
         create_app(sidecar, token),
         log_config=None,
         access_log=False,
+        http=PatientForAWhile,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=3,
@@ -334,10 +336,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(128)
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         listener.close()
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
             "a free port on an address of this machine",
             "stop what uses it, or choose another --port or --host",
         ) from error
@@ -358,10 +360,10 @@ def _token(path: Path) -> str:
             "a readable file with a token",
             "correct --token-file",
         ) from error
-    if len(token) < 16 or any(character.isspace() for character in token):
+    if len(token) < 16 or not re.fullmatch(r"[!-~]+", token):
         raise ConfigError(
-            f"the token in {path} has {len(token)} characters or spaces in it",
-            "16 or more without spaces",
+            f"the token in {path} has {len(token)} characters, or some that are not visible ASCII",
+            "16 or more of them",
             "remove the file; a new token is made then",
         )
     return token

@@ -54,7 +54,8 @@ class WebhookAlert(BaseModel):
 
     def command_id(self) -> str:
         """The same for each repetition of one firing, whichever Alertmanager sends it and however often."""
-        parts = (self.run, self.fingerprint, self.startsAt.isoformat(), self.action)
+        moment = f"{self.startsAt.timestamp():.6f}"  # the same in whichever time zone it is written
+        parts = (self.run, self.fingerprint, moment, self.action)
         return "am-" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
