@@ -233,14 +233,12 @@ class RunFolder:
             ConfigError: there is none, or it is not readable as one.
         """
         try:
-            document = json.loads(self.run_json.read_text())
-            known = {key: value for key, value in document.items() if key in RunInfo.__dataclass_fields__}
-            return RunInfo(**known)
+            return _info(json.loads(self.run_json.read_text()))
         except FileNotFoundError:
             raise ConfigError(
                 f"no run at {self.root}", "a run folder with a run.json", "list runs with 'obsinfra runs'"
             ) from None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f"unreadable {self.run_json}: {error}", "a run.json written by a trainer"
             ) from error
@@ -269,6 +267,28 @@ class RunFolder:
         return abs(now - at) < HEARTBEAT_STALE_SECONDS
 
 
+def _info(document: Any) -> RunInfo:
+    """A `RunInfo` from its JSON form, each field of its own type; TypeError and the like where one is not."""
+    known = {key: value for key, value in document.items() if key in RunInfo.__dataclass_fields__}
+    info = RunInfo(**known)
+    texts = (info.id, info.model, info.state, info.started, info.host)
+    optional = (info.git_revision, info.parent, info.ended, info.reason)
+    numbers = (info.world_size, info.epochs, info.restarts, info.version)
+    sound = (
+        all(isinstance(value, str) for value in texts)
+        and all(value is None or isinstance(value, str) for value in optional)
+        and all(isinstance(value, int) for value in numbers)
+        and all(isinstance(value, str) for value in info.metrics_urls.values())
+    )
+    if not sound:
+        raise TypeError("a field has another type than a trainer writes")
+    processes = {
+        rank: {"pid": int(process["pid"]), "created": float(process["created"])}
+        for rank, process in info.processes.items()
+    }
+    return replace(info, processes=processes)
+
+
 def scan_runs(output_dir: Path) -> Iterator[RunFolder]:
     """Every run folder under `output_dir`, by id; folders whose name begins with a dot are skipped."""
     try:
@@ -276,11 +296,8 @@ def scan_runs(output_dir: Path) -> Iterator[RunFolder]:
     except OSError:
         return
     for entry in entries:
-        if (
-            not entry.name.startswith(".")
-            and entry.is_dir()
-            and os.path.exists(os.path.join(entry.path, "run.json"))
-        ):
+        # os.path.exists, unlike entry.is_dir, says no to a link that leads in a circle.
+        if not entry.name.startswith(".") and os.path.exists(os.path.join(entry.path, "run.json")):
             yield RunFolder(Path(entry.path))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from obsinfra.errors import ConfigError, RunBusyError
@@ -23,8 +24,8 @@ from pathlib import Path
 from obsinfra.run.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1])); folder.create(); folder.lock()
 if len(sys.argv) > 2 and os.fork() == 0:
-    print("child", os.getpid(), flush=True)
-print("locked", flush=True)
+    os.write(1, b"child %d\n" % os.getpid())  # one call, so that the two processes' lines stay whole
+os.write(1, b"locked\n")
 sys.stdin.read()
 """
 
@@ -67,7 +68,7 @@ def test_a_forked_child_that_outlives_a_killed_trainer_does_not_keep_the_lock(tm
     holder.kill()
     holder.wait()
     try:
-        assert ProcessId(child, __import__("psutil").Process(child).create_time()).alive()
+        assert ProcessId(child, psutil.Process(child).create_time()).alive()
         folder = RunFolder(root)
         folder.lock()
         folder.unlock()
@@ -164,3 +165,34 @@ def test_write_atomic_leaves_the_old_file_when_the_disk_is_full() -> None:
         assert path.read_bytes() == b"old"
         assert os.listdir(folder) == ["file"]
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "null",
+        '{"id": "r"}',
+        '{"id": 3, "model": "m"}',
+        '{"id": "r", "model": "m", "state": null}',
+        '{"id": "r", "model": "m", "processes": []}',
+        '{"id": "r", "model": "m", "processes": {"0": {"pid": "x", "created": 1}}}',
+        '{"id": "r", "model": "m", "processes": {"0": {}}}',
+        '{"id": "r", "model": "m", "metrics_urls": {"0": 9464}}',
+        '{"id": "r", "model": "m", "restarts": "many"}',
+        "[" * 100_000,
+    ],
+)
+def test_a_run_json_that_no_trainer_wrote_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match="unreadable"):
+        RunFolder(tmp_path).read_info()
+
+
+def test_a_link_in_a_circle_does_not_hide_the_other_runs(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    folder = RunFolder(tmp_path / "sound")
+    folder.create()
+    folder.write_info(RunInfo("sound", "m"))
+    assert [run.id for run in scan_runs(tmp_path)] == ["sound"]
