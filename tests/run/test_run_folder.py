@@ -18,7 +18,7 @@ from obsinfra.run.files import write_atomic
 from obsinfra.run.folder import RunFolder, RunInfo, check_run_id, find_run, new_run_id, scan_runs
 from obsinfra.run.process import ProcessId
 
-HOLDER = """
+HOLDER = r"""
 import sys, os
 from pathlib import Path
 from obsinfra.run.folder import RunFolder
