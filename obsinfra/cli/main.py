@@ -138,15 +138,32 @@ checkpoints.register(app)
 documents.register(app)
 
 
+MISUSED: type[Any] = typer.BadParameter.__mro__[1]
+"""typer's UsageError (unknown option, missing value), which it exports under no name of its own."""
+
+
 def main() -> None:
     """Run the CLI; errors made for people become one line."""
     try:
-        app()
+        sys.exit(app(prog_name="obsinfra", standalone_mode=False))
     except ObsinfraError as error:
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _complain(str(error))
         sys.exit(error.exit_code)
+    except MISUSED as error:
+        if not error.message:  # no arguments at all: typer has the help at hand
+            error.show()
+        else:
+            command = error.ctx.command_path if error.ctx else "obsinfra"
+            _complain(f"{error.format_message().rstrip('.')}; fix: see '{command} --help'")
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)
+
+
+def _complain(text: str) -> None:
+    stderr.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

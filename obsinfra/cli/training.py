@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
-from obsinfra.errors import UserError
+from obsinfra.errors import ObsinfraError, UserError
+
+if TYPE_CHECKING:
+    from obsinfra.observation.observed_run import ObservedRun
+    from obsinfra.training.trainer import Trainer
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -21,7 +27,9 @@ def run_training(flags: dict[str, Any], config: Path | None) -> int:
     Raises:
         UserError: anything that cannot work, before training starts.
     """
-    from obsinfra.monitoring.logging_config import configure_logging, shutdown_logging
+    import torch
+
+    from obsinfra.monitoring.logging_config import configure_logging, get_logger, shutdown_logging
     from obsinfra.observation.resume import plan_run
     from obsinfra.training.preflight import check
     from obsinfra.training.trainer import Trainer
@@ -39,35 +47,43 @@ def run_training(flags: dict[str, Any], config: Path | None) -> int:
         settings.model_name, data_path=settings.data_path, model_size=settings.model_size, seed=settings.seed
     )
     plan = plan or plan_run(settings, workload.name)
-    if plan.note:
-        say("note", plan.note)
+    trainer = Trainer(workload, settings, plan)
+    if not settings.disable_testing:
+        check(trainer)
+    made = not plan.folder.root.exists()
     plan.folder.create()
-    start_stack(settings)
-    configure_logging(
-        plan.folder.logs,
-        level=settings.log_level,
-        run=plan.folder.id,
-        model=workload.name,
-        rank=0,
-        terminal=True,
-    )
     try:
-        trainer = Trainer(workload, settings, plan)
+        start_stack(settings)
+        configure_logging(
+            plan.folder.logs,
+            level=settings.log_level,
+            run=plan.folder.id,
+            model=workload.name,
+            rank=0,
+            terminal=True,
+        )
         if not settings.disable_testing:
-            check(trainer)
-        say("run", plan.folder.id)
-        say("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})")
-        say("folder", f"{plan.folder.root}  (logs/, checkpoints/, traces/)")
-        outcome = trainer.fit(on_start=lambda run: _where(run, settings))
+            get_logger("system").info("preflight_passed")
+        outcome = trainer.fit(on_start=lambda run: introduce(run, trainer))
+    except torch.OutOfMemoryError as error:
+        raise ObsinfraError(
+            f"out of memory: {str(error).splitlines()[0]}; the last good state was saved unless backups are "
+            "disabled; fix: a smaller --batch-size with --accumulate, or --gradient-checkpointing"
+        ) from error
     finally:
         shutdown_logging()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs in a data set would keep this process from ending
+        if made and not plan.folder.run_json.exists():  # it never started
+            shutil.rmtree(plan.folder.root, ignore_errors=True)
     numbers = "  ".join(f"{name} {value:.4f}" for name, value in outcome.validation.items())
     ended = f"stopped: {outcome.stopped}" if outcome.stopped else "finished"
     say("ended", f"{ended} at epoch {outcome.epoch}, step {outcome.step}")
     if numbers:
         say("validation", numbers)
     if outcome.stopped and not settings.disable_backups:
-        say("go on", f"obsinfra train --output-dir {settings.output_dir} --resume {outcome.run_id}")
+        further = " --max-steps 0" if settings.max_steps else ""
+        say("go on", f"obsinfra train --output-dir {settings.output_dir} --resume {outcome.run_id}{further}")
     return outcome.exit_code
 
 
@@ -96,7 +112,13 @@ def say(what: str, text: str) -> None:
     stderr.print(f"[bold]{what:<11}[/]{escape(text)}", soft_wrap=True)
 
 
-def _where(run: Any, settings: Settings) -> None:
+def introduce(run: ObservedRun, trainer: Trainer) -> None:
+    """What a person wants to know once the training has begun."""
+    if trainer.plan is not None and trainer.plan.note:
+        say("note", trainer.plan.note)
+    say("run", run.folder.id)
+    say("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})")
+    say("folder", f"{run.folder.root}  (logs/, checkpoints/, traces/)")
     if run.monitor.url:
         say("page", f"{run.monitor.url}/   metrics: {run.monitor.url}/metrics")
     else:
@@ -105,7 +127,7 @@ def _where(run: Any, settings: Settings) -> None:
         say("resumed", f"{run.resumed.info.path.name} (step {run.step})")
         for skipped in run.resumed.skipped:
             say("skipped", f"{skipped.path.name}: {skipped.problem}")
-    if settings.disable_backups:
+    if run.keeper.backup is None:
         say("checkpoints", "none (backups are disabled)")
 
 

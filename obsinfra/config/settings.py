@@ -71,7 +71,12 @@ class Settings(BaseModel):
     patience: int = _setting(
         0, "Stop after this many validations without improvement; 0: never.", group="How to train", ge=0
     )
-    validate_every: int = _setting(1, "Validate every N epochs; 0: never.", group="How to train", ge=0)
+    validate_every: int | None = _setting(
+        None,
+        "Validate every N epochs; 0: never; default: the workload's.",
+        group="How to train",
+        ge=0,
+    )
     seed: int = _setting(0, "Seed of every random generator.", group="How to train", ge=0, lt=2**63)
     deterministic: bool = _setting(
         False, "Refuse non-deterministic kernels (torch.use_deterministic_algorithms).", group="How to train"

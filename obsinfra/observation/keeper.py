@@ -16,6 +16,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.monitoring.tracing import trace_id_of
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.observation.state import LoopState
 
@@ -93,7 +94,7 @@ class Keeper:
 
     def keep_up(self, epoch: int) -> None:
         """At a step boundary: the regular checkpoint and the snapshot that are due."""
-        if perf_counter() >= self._checkpoint_due:
+        if perf_counter() >= self._checkpoint_due and self.sound():
             self.commit("regular", Request.now("interval"), epoch)
         if perf_counter() >= self._snapshot_due:
             self.snapshot(epoch)
@@ -219,6 +220,7 @@ class Keeper:
             reason=request.reason,
             seconds=round(self.last_commit_seconds, 4),
             path=str(saved.path),
+            **({"trace_id": trace} if (trace := trace_id_of(request.traceparent)) else {}),
         )
         return saved.path
 

@@ -11,13 +11,13 @@ import contextlib
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,8 +37,9 @@ from obsinfra.config.settings import Settings
 from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Ack, Command
 from obsinfra.errors import CheckpointError, NonFiniteLossError, ObsinfraError
-from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.monitoring.logging_config import get_logger, set_context_source
 from obsinfra.monitoring.recorder import _Phase
+from obsinfra.monitoring.tracing import trace_id_of
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.observation.alert_duty import AlertDuty
 from obsinfra.observation.keeper import Committed, Keeper, Kind, Request
@@ -162,51 +163,66 @@ class ObservedRun:
         self._progress_due = 0.0
         self._epochs_counted = 0
         self._in_epochs = False
+        self._pid = os.getpid()
         self._revision = git_revision()
 
+        made = not self.folder.root.exists()
         self.folder.create()
         self.folder.lock()
+        self.channel = ControlChannel(
+            self.folder,
+            on_garbage=self._on_garbage,
+            on_outcome=self._on_outcome,
+            on_arrival=self._on_arrival,
+        )
+        self._duty = AlertDuty(self.folder, self.channel.submit)
+        self.monitor = TrainingMonitor(
+            model_name,
+            run=self.folder.id,
+            metrics_host=settings.metrics_host,
+            metrics_port=settings.metrics_port,
+            sample_seconds=settings.sample_seconds,
+            thresholds=settings.thresholds,
+            trace_every=settings.trace_every,
+            otlp_endpoint=settings.otlp_endpoint,
+            trace_file=self.folder.traces / "spans.jsonl",
+            disk_path=self.folder.root,
+            epochs=settings.epochs or 0,
+            device=device,
+            precision=precision,
+            git_revision=self._revision,
+            after_alerts=self._after_alerts,
+            alert_mode=self._duty.mode,
+        )
+        self._recorder = self.monitor.recorder
+        self._state = LoopState(model, parts, extra, self.position, self._recorder)
+        backup = None
+        if not settings.disable_backups:
+            backup = create_backup_system(
+                self.folder.checkpoints, keep_last=settings.keep_checkpoints, run=self.folder.id
+            )
+        self.keeper = Keeper(backup, self._state, self.monitor, settings)
+        self._door = SignalDoor(
+            settings.stop_signals, on_signal=self._on_signal, on_second_interrupt=self._on_second_interrupt
+        )
+        self._door.install()
+        self._watchdog = Watchdog(
+            self._door.wake_fd, on_signal_fd=self._on_signal_fd, on_overdue=self._overdue
+        )
         try:
-            self.channel = ControlChannel(
-                self.folder,
-                on_garbage=self._on_garbage,
-                on_outcome=self._on_outcome,
-                on_arrival=self._on_arrival,
-            )
-            self._duty = AlertDuty(self.folder, self.channel.submit)
-            self.monitor = TrainingMonitor(
-                model_name,
-                run=self.folder.id,
-                metrics_host=settings.metrics_host,
-                metrics_port=settings.metrics_port,
-                sample_seconds=settings.sample_seconds,
-                thresholds=settings.thresholds,
-                trace_every=settings.trace_every,
-                otlp_endpoint=settings.otlp_endpoint,
-                trace_file=self.folder.traces / "spans.jsonl",
-                disk_path=self.folder.root,
-                epochs=settings.epochs or 0,
-                device=device,
-                precision=precision,
-                git_revision=self._revision,
-                after_alerts=self._after_alerts,
-                alert_mode=self._duty.mode,
-            )
-            self._recorder = self.monitor.recorder
-            self._state = LoopState(model, parts, extra, self.position, self._recorder)
-            backup = None
-            if not settings.disable_backups:
-                backup = create_backup_system(
-                    self.folder.checkpoints, keep_last=settings.keep_checkpoints, run=self.folder.id
-                )
-            self.keeper = Keeper(backup, self._state, self.monitor, settings)
             if plan.store is not None:
                 self._restore(plan)
             self._nonfinite_seen = self._recorder.nonfinite
+            self.channel.start()
+            if not settings.disable_monitoring:
+                self.monitor.start_monitoring()
             self._introduce(plan)
-            self._open_doors()
         except BaseException:
+            self._close_doors()
+            self.monitor.stop_monitoring()
             self.folder.unlock()
+            if made:
+                shutil.rmtree(self.folder.root, ignore_errors=True)
             raise
         self.keeper.snapshot(self.position.epoch)
         atexit.register(self.finish)
@@ -226,6 +242,8 @@ class ObservedRun:
         self.monitor.epochs = total or 0
         self.folder.update_info(epochs=total or 0)
         self._in_epochs = True
+        if self._attention:
+            self._boundary()
         while (total is None or self.position.epoch < total) and self.stop is None:
             epoch = self.position.epoch
             self.monitor.begin_epoch(epoch)
@@ -245,6 +263,8 @@ class ObservedRun:
             self._epochs_counted += 1
             if self._epochs_counted <= position.epoch:
                 return
+            if self._attention:
+                self._boundary()
             self.monitor.begin_epoch(position.epoch)
         if self.stop is None and self.monitor.state == "starting":
             self._set_state("running")
@@ -258,18 +278,20 @@ class ObservedRun:
             try:
                 with data:
                     if iterator is None:
-                        iterator = position.iterate(loader)
-                    door.may_interrupt = waits
+                        with door.shielding(loader):
+                            iterator = position.iterate(loader)
+                    door.may_interrupt = "data" if waits else None
                     if waits and self._signalled is not None:
                         raise InterruptedWait
                     batch = next(iterator, _END)
-                    door.may_interrupt = False
+                    door.may_interrupt = None
             except InterruptedWait:
+                door.may_interrupt = None
                 recorder.abandon_step()
                 self._boundary()
                 continue
             except BaseException:
-                door.may_interrupt = False
+                door.may_interrupt = None
                 recorder.abandon_step()
                 raise
             if batch is _END:
@@ -295,29 +317,13 @@ class ObservedRun:
         """Context manager of a phase of the step (`catalog.metrics.PHASES`)."""
         return self._recorder.phase(name)
 
-    @contextmanager
-    def validation(self) -> Iterator[None]:
+    def validation(self) -> Validation:
         """Around a validation: its time is seen as such, and a stop does not wait for its end.
 
         When a signal interrupts it, the block is left, the random state of its beginning is put back, and
-        the resumed run validates anew.
+        the resumed run validates anew. A stop that was asked for before is obeyed first; look at `stop`.
         """
-        self.keeper.snapshot(self.position.epoch)
-        rng = capture_rng_state()
-        interrupted = False
-        with self._recorder.phase("validation"):
-            try:
-                self._door.may_interrupt = True
-                if self._signalled is not None:
-                    raise InterruptedWait
-                yield
-            except InterruptedWait:
-                interrupted = True
-            finally:
-                self._door.may_interrupt = False
-        if interrupted:
-            restore_rng_state(rng)
-            self._boundary()
+        return Validation(self)
 
     def log_validation(self, metrics: Mapping[str, float]) -> None:
         """Report validation metrics."""
@@ -345,6 +351,8 @@ class ObservedRun:
         self, state: Literal["finished", "stopped", "failed"] | None = None, reason: str | None = None
     ) -> None:
         """End the run: last state, run.json, servers and threads. By the context manager, or at exit."""
+        if os.getpid() != self._pid:
+            return  # a forked child that ends like a program of its own
         with self._acting:
             if self._ended:
                 return
@@ -354,9 +362,7 @@ class ObservedRun:
         reason = reason or (self.stop.reason if self.stop else None)
         summary = self.monitor.get_performance_summary()
         self._system_log.info("run_ended", state=state, reason=reason, **summary)
-        self._watchdog.stop()
-        self._door.uninstall()
-        self.channel.stop()
+        self._close_doors()
         self._set_state(state, reason)
         self.monitor.stop_monitoring()
         self._note_progress()
@@ -367,11 +373,14 @@ class ObservedRun:
 
     def fail(self, error: BaseException) -> None:
         """Record `error`, commit the last good state as an emergency checkpoint and end the run as failed."""
-        if self._ended:
+        if self._ended or os.getpid() != self._pid:
             return
         self._recorder.abandon_step()
         reason = f"{type(error).__name__}: {error}"[:500]
-        get_logger("errors").error("training_failed", at_step=self.step, error=reason, exc_info=error)
+        # Not on the terminal: whoever catches the error, or Python itself, shows it there.
+        get_logger("errors").error(
+            "training_failed", at_step=self.step, error=reason, exc_info=error, terminal=False
+        )
         if not isinstance(error, NonFiniteLossError):  # that one was raised after saving
             self.keeper.commit_snapshot(Request.now(reason))
         self.finish("failed", reason)
@@ -464,8 +473,11 @@ class ObservedRun:
     def _on_nonfinite(self) -> None:
         self._nonfinite_seen = self._recorder.nonfinite
         loss, norm = self._recorder.last_loss, self._recorder.last_grad_norm
-        get_logger("errors").error("nonfinite_loss", at_step=self.step, loss=str(loss), grad_norm=str(norm))
-        if self.settings.on_nonfinite == "stop":
+        stops = self.settings.on_nonfinite == "stop"
+        get_logger("errors").error(
+            "nonfinite_loss", at_step=self.step, loss=str(loss), grad_norm=str(norm), terminal=not stops
+        )
+        if stops:
             committed = self.keeper.commit_snapshot(Request.now(f"non-finite loss before step {self.step}"))
             saved = f"the last good state (step {committed.step}) was saved" if committed else "nothing saved"
             raise NonFiniteLossError(
@@ -497,7 +509,7 @@ class ObservedRun:
             committed = self.keeper.commit_snapshot(Request(reason, at, traced))
             failed = committed is None and self.keeper.backup is not None
             for command in commands:
-                result = {**_where(committed), "stacks": str(stacks)}
+                result = {**_where(committed), "stacks": str(stacks) if stacks else None}
                 outcome: Literal["failed", "done"] = "failed" if failed else "done"
                 error = "no sound snapshot could be committed" if failed else None
                 step = committed.step if committed else None
@@ -521,10 +533,14 @@ class ObservedRun:
         finally:
             os._exit(exit_code)
 
-    def _dump_stacks(self) -> Path:
+    def _dump_stacks(self) -> Path | None:
         path = self.folder.logs / f"stacks-{time.time_ns()}.txt"
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file=file, all_threads=True)
+        try:
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as error:
+            self._system_log.error("stacks_not_written", path=str(path), error=str(error))
+            return None
         return path
 
     def _patience(self) -> float:
@@ -534,20 +550,11 @@ class ObservedRun:
 
     # ---- doors ---------------------------------------------------------------------------------------
 
-    def _open_doors(self) -> None:
-        self._door = SignalDoor(
-            self.settings.stop_signals,
-            on_signal=self._on_signal,
-            on_second_interrupt=self._on_second_interrupt,
-        )
-        self._door.install()
-        self._watchdog = Watchdog(
-            self._door.wake_fd, on_signal_fd=self._on_signal_fd, on_overdue=self._overdue
-        )
-        self.channel.start()
-        if not self.settings.disable_monitoring:
-            self.monitor.start_monitoring()
-            self.folder.update_info(metrics_urls={"0": f"{self.monitor.url}/metrics"})
+    def _close_doors(self) -> None:
+        self._watchdog.stop()
+        self._door.uninstall()
+        set_context_source(None)
+        self.channel.stop()
 
     def _on_arrival(self) -> None:
         self._attention = True
@@ -566,11 +573,13 @@ class ObservedRun:
             self._watchdog.expect(self._patience())
 
     def _on_second_interrupt(self) -> None:
+        # In a signal handler: whatever lock the main thread holds here will never be released.
         self._ended = True
         try:
-            self._set_state("stopped", "second SIGINT: stopped at once")
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self.folder.update_info(state="stopped", reason="second SIGINT: stopped at once", ended=now)
         finally:
-            os._exit(130)
+            os._exit(128 + signal.SIGINT)
 
     def _on_garbage(self, door: str, error: str) -> None:
         self.monitor.instruments.add(catalog.CONTROL_GARBAGE, door=door)
@@ -599,6 +608,7 @@ class ObservedRun:
             source=command.source,
             outcome=outcome,
             at_step=step,
+            **_trace(command.traceparent),
         )
 
     def _after_alerts(self, alerts: Sequence[AlertStatus]) -> None:
@@ -626,11 +636,12 @@ class ObservedRun:
         """Write run.json and config.toml."""
         me = ProcessId.current()
         process = {"0": {"pid": me.pid, "created": me.created}}
+        urls = {"0": f"{self.monitor.url}/metrics"} if self.monitor.url else {}
         if plan.continues:
             self.folder.update_info(
                 state="starting",
                 processes=process,
-                metrics_urls={},
+                metrics_urls=urls,
                 restarts=self.folder.read_info().restarts + 1,
                 ended=None,
                 reason=None,
@@ -641,6 +652,7 @@ class ObservedRun:
                     self.folder.id,
                     self.monitor.model,
                     processes=process,
+                    metrics_urls=urls,
                     git_revision=self._revision,
                     epochs=self.settings.epochs or 0,
                     parent=plan.parent,
@@ -677,11 +689,51 @@ class ObservedRun:
         self._previous_excepthook(kind, error, trace)
 
 
+class Validation:
+    """The context manager of `ObservedRun.validation`.
+
+    A class, not a generator: between its methods and the block no foreign code runs that an interrupt could
+    hit outside the block.
+    """
+
+    def __init__(self, run: ObservedRun) -> None:
+        self._run = run
+        self._phase = run.phase("validation")
+
+    def __enter__(self) -> None:
+        run = self._run
+        run.keeper.snapshot(run.position.epoch)
+        self._rng = capture_rng_state()
+        self._phase.__enter__()
+        run._door.may_interrupt = "validation"
+        if run._signalled is not None:
+            run._door.may_interrupt = None
+            run._boundary()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        run = self._run
+        run._door.may_interrupt = None
+        self._phase.__exit__(kind, error, trace)
+        if not isinstance(error, InterruptedWait):
+            return False
+        restore_rng_state(self._rng)
+        run._boundary()
+        return True
+
+
 _END = object()
 
 
 def _reason(command: Command) -> str:
     return f"{command.source}: {command.reason or command.action}"
+
+
+def _trace(traceparent: str | None) -> dict[str, str]:
+    """The trace of whoever asked, for a log event that belongs there rather than to the run's own."""
+    found = trace_id_of(traceparent)
+    return {} if found is None else {"trace_id": found}
 
 
 def _where(committed: Committed | None) -> dict[str, Any]:

@@ -88,16 +88,14 @@ class DataPosition:
                 return iter(())
             if own_state and resume["loader"] is not None:
                 return iter(loader)
-        if resume is None or resume["batches_done"] == 0 or own_state:
+        begun = resume is not None and resume["epoch_rng"] is not None
+        if resume is None or own_state or not begun:
             if resume is not None and resume["generator_now"] is not None and generator is not None:
                 generator.set_state(resume["generator_now"])
-            if self._epoch_rng is None or resume is None:
-                self._epoch_rng = capture_rng_state()
-                self._generator_state = (
-                    generator.get_state() if isinstance(generator, torch.Generator) else None
-                )
+            self._epoch_rng = capture_rng_state()
+            self._generator_state = generator.get_state() if isinstance(generator, torch.Generator) else None
             return iter(loader)
-        # No own state and some batches used: replay the epoch's start and drop them.
+        # No own state and the epoch had begun: replay its start and drop the batches that were used.
         restore_rng_state(resume["epoch_rng"])
         if isinstance(generator, torch.Generator) and resume["generator"] is not None:
             generator.set_state(resume["generator"])

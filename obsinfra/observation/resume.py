@@ -39,21 +39,16 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
         CheckpointError: there is nothing to resume from.
         RunBusyError: the run to resume is still running.
     """
-    output_dir = settings.output_dir
     resume = settings.resume
     if settings.run is not None:
         check_run_id(settings.run)
     if resume is None:
         return _new(settings, model)
     if resume == "auto":
-        folder = _newest_resumable(settings, model)
-        if folder is None:
-            fresh = _new(settings, model)
-            return ResumePlan(fresh.folder, note=f"nothing to resume for {model} in {output_dir}: a new run")
-        return _continue(folder)
+        return _automatic(settings, model)
     path = Path(resume).expanduser()
     if "/" not in resume and not path.exists():
-        return _continue(find_run(output_dir, resume))
+        return _continue(find_run(settings.output_dir, resume))
     if not path.exists():
         raise CheckpointError(
             f"nothing at {path}",
@@ -72,6 +67,22 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
         parent=str(path),
         note=f"a new run from checkpoint {path.name}",
     )
+
+
+def _automatic(settings: Settings, model: str) -> ResumePlan:
+    """The named run whatever became of it, or the newest of the model that did not come to its end."""
+    folder = _newest_resumable(settings, model)
+    if folder is not None:
+        return _continue(folder)
+    named = RunFolder(settings.output_dir / settings.run) if settings.run is not None else None
+    if named is not None and named.run_json.exists():
+        info = named.read_info()
+        if info.model == model and info.present_state() not in LIVE_STATES:
+            # It ended before its first checkpoint; a scheduler that starts it again means this very run.
+            return ResumePlan(named, note=f"run {named.id} has no checkpoint: it starts from the beginning")
+    fresh = _new(settings, model)
+    note = f"nothing to resume for {model} in {settings.output_dir}: a new run"
+    return ResumePlan(fresh.folder, note=note)
 
 
 def _new(settings: Settings, model: str) -> ResumePlan:
@@ -120,8 +131,9 @@ def _newest_resumable(settings: Settings, model: str) -> RunFolder | None:
             info = folder.read_info()
         except ConfigError:
             continue
-        resumable = info.model == model and info.present_state() in ("stopped", "failed", "dead")
-        if resumable and has_checkpoints(folder.checkpoints):
+        live = info.present_state() in LIVE_STATES
+        over = info.state == "finished" and settings.run is None
+        if info.model == model and not live and not over and has_checkpoints(folder.checkpoints):
             candidates.append((info.started, folder))
     return max(candidates, key=lambda found: found[0])[1] if candidates else None
 

@@ -7,13 +7,16 @@ interpreter's C handler at once, tells the watchdog even while the main thread i
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, get_worker_info
 
 from obsinfra.monitoring.logging_config import get_logger
 
@@ -31,10 +34,12 @@ class SignalDoor:
     Args:
         names: signal names, e.g. `("SIGTERM", "SIGINT")`.
         on_signal: called on the main thread with the signal's name; must only set flags.
-        on_second_interrupt: called on the main thread when SIGINT comes again.
+        on_second_interrupt: called when SIGINT comes again, on the main thread or, should that be stuck, on
+            the one that drains; takes no lock and ends the process.
 
     Attributes:
-        may_interrupt: set by the loop around a wait that the handler may leave by `InterruptedWait`.
+        may_interrupt: set by the loop around what the handler may leave by `InterruptedWait`: a wait for
+            data, or a validation.
         wake_fd: readable as soon as a signal arrived; None where handlers could not be installed.
     """
 
@@ -51,9 +56,11 @@ class SignalDoor:
         self._previous: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
         self._interrupts = 0
+        self._interrupts_drained = 0
         self._pair: tuple[socket.socket, socket.socket] | None = None
+        self._over = mmap.mmap(-1, 1)  # shared with forked children
         self._previous_fd = -1
-        self.may_interrupt = False
+        self.may_interrupt: Literal["data", "validation"] | None = None
 
     @property
     def wake_fd(self) -> int | None:
@@ -81,6 +88,7 @@ class SignalDoor:
         """Put back what was there before."""
         if self._pair is None or os.getpid() != self._pid:
             return
+        self._over[0] = 1
         if threading.current_thread() is threading.main_thread():
             for number, previous in self._previous.items():
                 if signal.getsignal(number) == self._handle:
@@ -93,6 +101,24 @@ class SignalDoor:
         if self in _doors:
             _doors.remove(self)
 
+    @contextlib.contextmanager
+    def shielding(self, loader: object) -> Iterator[None]:
+        """Around the start of `loader`'s workers: signals to the process group are the trainer's to obey.
+
+        A worker that died of one would take the step down that the emergency checkpoint waits for.
+        """
+        if self._pair is None or not isinstance(loader, DataLoader) or not loader.num_workers:
+            yield
+            return
+        numbers = set(self._previous)
+        if not isinstance(loader.worker_init_fn, _WorkerStart):
+            loader.worker_init_fn = _WorkerStart(numbers, loader.worker_init_fn)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def drain(self) -> list[str]:
         """Names of the signals that arrived since the last call, as the wake-up descriptor tells."""
         if self._pair is None:
@@ -101,12 +127,17 @@ class SignalDoor:
             numbers = self._pair[0].recv(4096)
         except (BlockingIOError, OSError):
             return []
-        names = (signal.Signals(number).name for number in numbers if number in signal.valid_signals())
-        return [name for name in names if name in self._names]
+        names = [signal.Signals(number).name for number in numbers if number in signal.valid_signals()]
+        ours = [name for name in names if name in self._names]
+        self._interrupts_drained += ours.count("SIGINT")
+        if self._interrupts_drained > 1:
+            self._on_second_interrupt()
+        return ours
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a forked data-loader worker: the trainer decides, workers end with it
+            self._in_child(number)
+            return
         name = signal.Signals(number).name
         if name == "SIGINT":
             self._interrupts += 1
@@ -114,23 +145,64 @@ class SignalDoor:
                 self._on_second_interrupt()
                 return
         self._on_signal(name)
-        if self.may_interrupt and frame is not None:
-            # Never inside our own code, where a batch could have been taken and not yet handed on.
+        if self.may_interrupt is not None and frame is not None:
+            # Never inside our own code, where a batch could have been counted and not yet handed on; a
+            # workload's validation counts nothing.
             module = str(frame.f_globals.get("__name__", ""))
-            if not module.startswith("obsinfra.") or module.startswith("obsinfra.workloads"):
-                self.may_interrupt = False
+            validating = self.may_interrupt == "validation" and module.startswith("obsinfra.workloads.")
+            if validating or not module.startswith("obsinfra."):
+                self.may_interrupt = None
                 raise InterruptedWait(name)
+
+    def _in_child(self, number: int) -> None:
+        """A data-loader worker goes on: the batch it loads is waited for, and it ends with the run.
+
+        Any other forked child, and a worker left behind by the run, is ended as if we had never been here.
+        """
+        if get_worker_info() is None or self._over[0]:
+            previous = self._previous.get(signal.Signals(number))
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+class _WorkerStart:
+    """`worker_init_fn` of a shielded loader; `inner` is the user's own."""
+
+    def __init__(self, numbers: set[signal.Signals], inner: Callable[[int], object] | None) -> None:
+        self._numbers, self._inner = numbers, inner
+
+    def __call__(self, worker_id: int) -> None:
+        # Until here torch's own handler of SIGTERM would end the worker. A spawned one has no door.
+        handler = _inherited[-1]._handle if _inherited else signal.SIG_IGN
+        for number in self._numbers:
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
+        if self._inner is not None:
+            self._inner(worker_id)
 
 
 _doors: list[SignalDoor] = []
+_inherited: list[SignalDoor] = []
+_masks: list[set[int | signal.Signals]] = []
 
 
-def _in_forked_child() -> None:
-    """A forked child must not write into the trainer's wake-up descriptor."""
+def _before_fork() -> None:
+    """A signal to the child before it lets go of the wake-up descriptor would look like the trainer's."""
+    ours = {number for door in _doors for number in door._previous}
+    _masks.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, ours)))
+
+
+def _in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
+def _in_child() -> None:
     if _doors:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
+        _inherited[:] = _doors
         _doors.clear()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -13,7 +13,6 @@ import torch
 
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
 from obsinfra.errors import ConfigError, DataError
-from obsinfra.monitoring.logging_config import get_logger
 
 if TYPE_CHECKING:
     from obsinfra.training.trainer import Trainer
@@ -36,7 +35,6 @@ def check(trainer: Trainer) -> None:
         restore_rng_state(rng)
     if not trainer.settings.disable_backups:
         _space(trainer)
-    get_logger("system").info("preflight_passed", model=trainer.workload.name)
 
 
 def _one_step(trainer: Trainer) -> None:

@@ -248,17 +248,18 @@ class Trainer:
     def fresh_batches(self, model: nn.Module) -> MicroBatches:
         """The training data from its beginning, for `model`."""
         settings = self.settings
+        size = settings.batch_size or self.workload.defaults.batch_size
         batches = self.workload.train_batches(
             model,
-            batch_size=settings.batch_size or self.workload.defaults.batch_size,
+            batch_size=size,
             seed=settings.seed,
             num_workers=settings.num_workers,
             device=self.device,
         )
-        if len(batches) == 0:
+        # A data set may also give what it has as one smaller batch; who asks for more does not mean that.
+        if len(batches) == 0 or size > getattr(batches, "epoch_samples", size):
             raise DataError(
-                f"the training data of {self.workload.name} gives no full batch of "
-                f"{settings.batch_size or self.workload.defaults.batch_size}",
+                f"the training data of {self.workload.name} gives no full batch of {size}",
                 "at least one batch",
                 "give more data or a smaller --batch-size",
             )
