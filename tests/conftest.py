@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from waiting import wait_for as wait_for
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

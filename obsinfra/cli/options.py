@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from obsinfra.config.settings import Settings, environment_names, group_of
+
+
+def program() -> str:
+    """What to type for `obsinfra` here: the plain name where it is on PATH, else the path of what runs."""
+    started = Path(sys.argv[0])
+    if started.name != "obsinfra" or shutil.which("obsinfra") is not None:
+        return "obsinfra"
+    return os.path.relpath(started)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,9 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from obsinfra.cli.options import program
 from obsinfra.cli.runs import OutputDir
+from obsinfra.config.resolve import resolve
 
 console = Console()
 
@@ -30,12 +32,15 @@ def up(
     """Start Prometheus, Alertmanager and the sidecar on this machine, supervised in the background."""
     from obsinfra.deployment.native_stack import NativeStack
 
-    info = NativeStack(output_dir / ".stack").up(output_dir, scrape_interval=scrape_interval)
+    # [thresholds] of obsinfra.toml or the environment hold for Prometheus's rules as for the trainers.
+    info = NativeStack(output_dir / ".stack").up(
+        output_dir, scrape_interval=scrape_interval, thresholds=resolve({}).settings.thresholds
+    )
     console.print(f"Prometheus    {info.prometheus_url}")
     console.print(f"Alertmanager  {info.alertmanager_url}")
     console.print(f"sidecar       {info.sidecar_url}")
     console.print(
-        f"state         {output_dir / '.stack'}   (stop with: obsinfra down --output-dir {output_dir})"
+        f"state         {output_dir / '.stack'}   (stop with: {program()} down --output-dir {output_dir})"
     )
 
 

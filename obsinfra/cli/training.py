@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from obsinfra.cli.options import program
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ObsinfraError, UserError
@@ -83,7 +84,8 @@ def run_training(flags: dict[str, Any], config: Path | None) -> int:
         say("validation", numbers)
     if outcome.stopped and not settings.disable_backups:
         further = " --max-steps 0" if settings.max_steps else ""
-        say("go on", f"obsinfra train --output-dir {settings.output_dir} --resume {outcome.run_id}{further}")
+        again = f"train --output-dir {settings.output_dir} --resume {outcome.run_id}{further}"
+        say("go on", f"{program()} {again}")
     return outcome.exit_code
 
 
@@ -94,7 +96,9 @@ def start_stack(settings: Settings) -> None:
     if settings.stack == "off" or settings.disable_monitoring:
         return
     try:
-        info = NativeStack(settings.output_dir / ".stack").up(settings.output_dir)
+        info = NativeStack(settings.output_dir / ".stack").up(
+            settings.output_dir, thresholds=settings.thresholds
+        )
     except StackUnavailable as error:
         if settings.stack == "on":
             raise
@@ -104,7 +108,7 @@ def start_stack(settings: Settings) -> None:
         "stack",
         f"Prometheus {info.prometheus_url}  Alertmanager {info.alertmanager_url}  sidecar {info.sidecar_url}",
     )
-    say("", f"stop it with: obsinfra down --output-dir {settings.output_dir}")
+    say("", f"stop it with: {program()} down --output-dir {settings.output_dir}")
 
 
 def say(what: str, text: str) -> None:

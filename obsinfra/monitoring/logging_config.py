@@ -212,7 +212,7 @@ class _Sink:
         stream: TextIO | None = sys.stderr
         if stream is None:
             return
-        hidden = {"channel", *self._identity}
+        hidden = {"channel", "trace_id", *self._identity}
         shown = {key: value for key, value in document.items() if key not in hidden}
         try:
             if stream.isatty():

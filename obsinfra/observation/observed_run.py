@@ -195,6 +195,7 @@ class ObservedRun:
             alert_mode=self._duty.mode,
         )
         self._recorder = self.monitor.recorder
+        set_context_source(lambda: {"step": self.step, "trace_id": self.monitor.trace_id})
         self._state = LoopState(model, parts, extra, self.position, self._recorder)
         backup = None
         if not settings.disable_backups:

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wait_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from waiting import wait_for
 
 from obsinfra.backup.compare import differences
 from obsinfra.control.client import send_command
@@ -174,6 +174,10 @@ def test_a_wait_for_the_very_first_batch_may_be_left_and_the_order_stays(tmp_pat
     stall.touch()
     first.train(observe(first.model, first.optimizer, output_dir=tmp_path, run="cut", **QUIET))
     assert first.losses == []
+    for worker in multiprocessing.active_children():
+        worker.terminate()  # as the interpreter does when it ends; the run is over, so this is obeyed
+        worker.join(20)
+    assert multiprocessing.active_children() == []
     stall.unlink()
     second = loop()
     torch.manual_seed(98)
@@ -381,8 +385,9 @@ def test_a_forked_child_neither_ends_the_run_nor_holds_its_doors(tmp_path: Path)
     with observe(nn.Linear(1, 1), output_dir=tmp_path, metrics_port=0) as run:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-        child = context.Process(target=_look_around, args=(theirs, run))
+        child = context.Process(target=_look_around, args=(theirs, run), daemon=True)
         child.start()
+        assert ours.poll(20)
         held = ours.recv()
         child.join(20)
         assert child.exitcode == 0

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from waiting import wait_for
 
 from obsinfra.backup.backup_system import LoadedCheckpoint, create_backup_system
 from obsinfra.backup.compare import differences

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import wait_for
+from waiting import wait_for
 
 from obsinfra.observation.watchdog import Watchdog
 

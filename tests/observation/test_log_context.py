@@ -1,0 +1,55 @@
+"""Every event a run logs says at which step it was, and in which trace it belongs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from obsinfra.control.client import send_command
+from obsinfra.control.command import new_command
+from obsinfra.monitoring.logging_config import configure_logging, get_logger, shutdown_logging
+from obsinfra.observation import observe
+
+ASKED = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
+"""A trace that began elsewhere, in the sidecar say."""
+
+
+def test_events_carry_step_and_trace_and_a_commands_events_that_of_who_asked(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    run = observe(model, torch.optim.SGD(model.parameters(), lr=0.1), output_dir=tmp_path, metrics_port=0)
+    configure_logging(run.folder.logs, run=run.folder.id, model="Linear", terminal=False)
+    try:
+        command = new_command(run.folder.id, "checkpoint", source="test", traceparent=ASKED)
+        for batch in run.steps([torch.ones(1, 2)] * 3):
+            get_logger("training").info("seen")
+            if run.step == 1:
+                send_command(run.folder, command, door="socket", wait_for="accepted")
+            run.record(loss=model(batch).sum())
+        run.finish()
+    finally:
+        shutdown_logging()
+    own = run.monitor.trace_id
+    assert own is not None and len(own) == 32
+    events = [
+        json.loads(line)
+        for channel in ("training", "system")
+        for line in (run.folder.logs / f"{channel}.jsonl").read_text().splitlines()
+    ]
+    seen = [(event["step"], event["trace_id"]) for event in events if event["event"] == "seen"]
+    assert seen == [(0, own), (1, own), (2, own)]
+    [settled] = [event for event in events if event["event"] == "command"]
+    [saved] = [e for e in events if e["event"] == "checkpoint" and e["kind"] == "regular"][:1]
+    assert settled["trace_id"] == saved["trace_id"] == "ab" * 16
+
+
+def test_after_the_run_events_belong_to_no_run(tmp_path: Path) -> None:
+    run = observe(nn.Linear(2, 1), output_dir=tmp_path, disable_monitoring=True)
+    run.finish()
+    configure_logging(tmp_path / "logs", terminal=False)
+    get_logger("system").info("later")
+    shutdown_logging()
+    [event] = [json.loads(line) for line in (tmp_path / "logs" / "system.jsonl").read_text().splitlines()]
+    assert "step" not in event and "trace_id" not in event
