@@ -36,8 +36,11 @@ step "generated files"
 "$bin/obsinfra" docs check
 
 step "tests"
+# The unit tests share the processors; what measures or starts whole programs runs alone, one after the other.
+unit="not slow and not stack and not browser and not gpu"
+"$bin/python" -m pytest -q -n auto --dist loadfile -m "$unit" "$@"
 if [ "$quick" = yes ]; then
-  exec "$bin/python" -m pytest -q -m "not slow and not stack and not browser and not gpu" "$@"
+  exit
 fi
 # The stack and browser tests use the real programs; install them where that is possible, else they skip with a reason.
 missing=()
@@ -48,4 +51,4 @@ if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/nu
   echo "installing for the tests: ${missing[*]}"
   apt_install "${missing[@]}"
 fi
-exec "$bin/python" -m pytest -q "$@"
+exec "$bin/python" -m pytest -q -m "not ($unit)" "$@"

@@ -154,7 +154,7 @@ def test_a_new_firing_is_a_new_command(face: Face, executed: list[Any]) -> None:
         ({"run": ".stack"}, "unknown_run"),
         ({"run": "over"}, "run_ended"),
         ({"run": "killed"}, "run_ended"),
-        ({"startsAt": ago(days=2)}, "expired"),
+        pytest.param({"startsAt": ago(days=2)}, "expired", id="two-days-old-expired"),
         ({"startsAt": "0001-01-01T00:00:00+23:59"}, "expired"),
     ],
     ids=lambda value: str(value)[:40],

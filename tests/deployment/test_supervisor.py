@@ -96,6 +96,7 @@ def test_a_child_starts_with_no_signal_blocked(start: Start, tmp_path: Path) -> 
     assert wait_for(log.read_text, "the child's mask is in its log").strip() == "set()"
 
 
+@pytest.mark.slow
 def test_a_crashing_program_is_restarted_ever_more_slowly_and_the_other_left_alone(
     start: Start, tmp_path: Path
 ) -> None:
