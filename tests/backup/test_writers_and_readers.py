@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import wait_for
 from crashing_writer import save_many, start
 from faulty_files import QuickFiles, WatchedFiles
 from same import same, small_state
+from waiting import wait_for
 
 from obsinfra.backup.backup_system import BackupSystem, create_backup_system
 from obsinfra.errors import CheckpointError
