@@ -31,10 +31,13 @@ QUIET = {"disable_monitoring": True}
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
+    present = set(threading.enumerate())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.excepthook
     yield
-    assert [t.name for t in threading.enumerate() if t.name.startswith("obsinfra-")] == []
+    assert [
+        t.name for t in threading.enumerate() if t not in present and t.name.startswith("obsinfra-")
+    ] == []
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert sys.excepthook is hook
     assert signal.set_wakeup_fd(-1) == -1

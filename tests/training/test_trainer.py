@@ -29,11 +29,14 @@ from obsinfra.training.trainer import Outcome, Trainer, to_device
 @pytest.fixture(autouse=True)
 def _ends_without_a_trace() -> Iterator[None]:
     """Threads, determinism and thread count are as before, whatever the trainer did."""
+    present = set(threading.enumerate())
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
-    assert [t.name for t in threading.enumerate() if t.name.startswith("obsinfra-")] == []
+    assert [
+        t.name for t in threading.enumerate() if t not in present and t.name.startswith("obsinfra-")
+    ] == []
 
 
 def gradients_at_each_update(of: Trainer) -> list[Tensor]:
