@@ -103,9 +103,12 @@ def player(record: Record) -> Iterator[Player]:
     served.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredDigits]:
-    """A live training under the real monitor, with the page on the monitor's own server."""
+    """A live training under the real monitor, with the page on the monitor's own server.
+
+    It draws from torch's global generator, so it must have ended before tests that compare random sequences.
+    """
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from monitored_digits import MonitoredDigits
 
