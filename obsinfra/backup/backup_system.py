@@ -5,9 +5,8 @@ Useful alone in any PyTorch loop, and what the observation floor saves through. 
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,8 +15,10 @@ import structlog
 import torch
 from torch import nn
 
+from obsinfra.backup import tags
 from obsinfra.backup.file_layer import FileLayer
 from obsinfra.backup.manifest import Head, Manifest
+from obsinfra.backup.retention import Retention, prune, with_room
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
 from obsinfra.backup.state_tree import encode
 from obsinfra.backup.store import CheckpointStore
@@ -89,32 +90,34 @@ def create_backup_system(
     *,
     keep_last: int = 3,
     keep_best: int = 1,
-    keep_emergency: int = 5,
+    keep_emergency: int | None = 5,
+    keep_every: int | None = None,
+    best_metric: str | None = None,
+    best_mode: Literal["min", "max"] = "min",
     run: str = "",
     files: FileLayer | None = None,
 ) -> BackupSystem:
     """A backup system over `directory`, which is created at the first save.
 
     Args:
-        keep_last: regular and final checkpoints that `prune` keeps, the newest.
-        keep_best: `best` checkpoints kept, the newest.
-        keep_emergency: emergency checkpoints kept, the newest.
+        keep_last, keep_best, keep_emergency, keep_every, best_metric, best_mode: what `prune` keeps, as in
+            `Retention`.
         run: run id written into manifests.
         files: how writes reach the disk; for fault injection.
+
+    Raises:
+        ValueError: a count is less than one, or the mode unknown.
     """
-    kept = {"regular": keep_last, "final": keep_last, "best": keep_best, "emergency": keep_emergency}
-    for kind, count in kept.items():
-        if count < 1:
-            raise ValueError(f"at least one {kind} checkpoint must be kept, got {count}")
-    return BackupSystem(CheckpointStore(Path(directory), files), kept, run)
+    policy = Retention(keep_last, keep_every, keep_best, best_metric, best_mode, keep_emergency)
+    return BackupSystem(CheckpointStore(Path(directory), files), policy, run)
 
 
 class BackupSystem:
     """One folder of checkpoints; made by `create_backup_system`. Safe to call from several threads."""
 
-    def __init__(self, store: CheckpointStore, kept: Mapping[str, int], run: str) -> None:
+    def __init__(self, store: CheckpointStore, policy: Retention, run: str) -> None:
         self.store = store
-        self._kept = dict(kept)
+        self.policy = policy
         self._run = run
         self._last_saved: Path | None = None
         self._log = structlog.get_logger("backup")
@@ -134,8 +137,10 @@ class BackupSystem:
     ) -> SavedCheckpoint:
         """Commit `state` durably. One save at a time, in this process and among processes.
 
+        Where space is short, what the policy does not keep is pruned first.
+
         Raises:
-            CheckpointError: too little space, or something in the state cannot be stored (named).
+            CheckpointError: too little space even then, or something in the state cannot be stored (named).
             OSError: the disk failed; the store is as it was.
         """
         started = time.perf_counter()
@@ -152,7 +157,13 @@ class BackupSystem:
         )
         raw = [raw_tensor(tensor) for tensor in tensors]
         with self.store.writing():
-            manifest, written = self.store.commit(head, document, raw)
+            manifest, written = with_room(
+                self.store,
+                self.policy,
+                sum(len(tensor.data) for tensor in raw),
+                lambda: self.store.commit(head, document, raw),
+                self._last_saved,
+            )
             self._last_saved = manifest.path
         return SavedCheckpoint(
             manifest.path,
@@ -169,21 +180,21 @@ class BackupSystem:
         """Read a checkpoint, every byte verified.
 
         Args:
-            checkpoint: a manifest's path; None takes the newest sound resumable one and reports the damaged
-                newer ones in `skipped`.
+            checkpoint: a manifest's path, or a name as `find` takes it; None takes the newest sound resumable
+                one and reports the damaged newer ones in `skipped`.
 
         Raises:
             CheckpointError: the named one is damaged, or there is no sound one.
         """
         if checkpoint is not None:
-            manifest = self.store.read_manifest(Path(checkpoint))
+            manifest = self.store.read_manifest(self.find(checkpoint))
             return LoadedCheckpoint(read_state(self.store, manifest), manifest)
         seen: set[Path] = set()
         problems: dict[Path, str] = {}
         # A writer may prune what was listed while it is being read; what it saved instead is there then.
         while fresh := [path for path in self.store.manifest_paths() if path not in seen]:
             seen.update(fresh)
-            candidates = self._readable(fresh, problems)
+            candidates = tags.readable(self.store, fresh, problems)
             for manifest in reversed(candidates):
                 if not manifest.attributes.get("resumable", True):
                     continue
@@ -210,20 +221,19 @@ class BackupSystem:
                 skipped.append(Verification(path, problem))
         return tuple(skipped)
 
-    def _readable(self, paths: Iterable[Path], problems: dict[Path, str] | None = None) -> list[Manifest]:
-        """Manifests, oldest first; why others cannot be read goes into `problems`."""
-        found = []
-        for path in paths:
-            try:
-                found.append(self.store.read_manifest(path))
-            except CheckpointError as error:
-                if problems is not None:
-                    problems[path] = str(error)
-        return sorted(found, key=_age)
-
     def list(self) -> list[Manifest]:
         """Readable checkpoints, oldest first; chunks are not looked at."""
-        return self._readable(self.store.manifest_paths())
+        return tags.readable(self.store)
+
+    def find(self, checkpoint: Path | str) -> Path:
+        """The manifest of a path, an id, a full name, a tag or `latest`.
+
+        Raises:
+            CheckpointError: a name that is none of these.
+        """
+        if isinstance(checkpoint, Path) or "/" in checkpoint:
+            return Path(checkpoint)
+        return tags.find(self.store, checkpoint)
 
     def newest(self) -> Manifest | None:
         """The newest readable checkpoint; chunks are not looked at."""
@@ -232,7 +242,7 @@ class BackupSystem:
 
     def verify(self, checkpoint: Path | str | None = None) -> Sequence[Verification]:
         """Read every chunk of one checkpoint or of all, oldest first."""
-        paths = [Path(checkpoint)] if checkpoint is not None else self.store.manifest_paths()
+        paths = [self.find(checkpoint)] if checkpoint is not None else self.store.manifest_paths()
         results = []
         for path in paths:
             try:
@@ -244,39 +254,39 @@ class BackupSystem:
         return results
 
     def prune(self) -> Sequence[Path]:
-        """Remove what the retention does not keep, then chunks nobody needs.
-
-        The newest sound checkpoint stays whatever its kind, and the one saved last whatever its step; so do
-        damaged manifests, for a person to look at.
+        """Remove what the retention does not keep, then chunks nobody needs; see `retention.prune`.
 
         Returns:
             Manifests removed.
-        """
-        with self.store.writing():
-            manifests = self.list()
-            keep = {
-                manifest.path
-                for kind, count in self._kept.items()
-                for manifest in [m for m in manifests if m.kind == kind][-count:]
-            }
-            keep |= {self._last_saved} if self._last_saved else set()
-            doomed = [manifest for manifest in manifests if manifest.path not in keep]
-            if doomed and (sound := self._newest_sound(manifests)) is not None:
-                doomed = [manifest for manifest in doomed if manifest.path != sound.path]
-            for manifest in doomed:
-                self.store.remove(manifest.path)
-            if doomed:
-                self.store.collect()
-        return [manifest.path for manifest in doomed]
 
-    def _newest_sound(self, manifests: Sequence[Manifest]) -> Manifest | None:
-        for manifest in reversed(manifests):
-            if manifest.attributes.get("resumable", True):
-                with contextlib.suppress(CheckpointError):
-                    # What this very object wrote and hashed is not read again: it would cost its size.
-                    self.store.verify(manifest, only_touched=manifest.path == self._last_saved)
-                    return manifest
-        return None
+        Raises:
+            OSError: the disk failed.
+        """
+        return prune(self.store, self.policy, self._last_saved)
+
+    def tag(self, checkpoint: Path | str, name: str, *, move: bool = False) -> None:
+        """Give a checkpoint a name, by which it is found and kept; see `tags.tag`.
+
+        Raises:
+            CheckpointError: the name cannot be one, or is taken; there is no such checkpoint.
+        """
+        tags.tag(self.store, self.find(checkpoint), name, move=move)
+
+    def untag(self, name: str) -> None:
+        """Take a name away; the checkpoint stays until `prune`.
+
+        Raises:
+            CheckpointError: there is no such tag.
+        """
+        tags.untag(self.store, name)
+
+    def confirm(self, checkpoint: Path | str) -> None:
+        """Say that an emergency checkpoint was looked at: from now on it is kept as a regular one is.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is not an emergency one.
+        """
+        tags.confirm(self.store, self.find(checkpoint))
 
     # ---- a plain loop's face -----------------------------------------------------------------------
 
@@ -393,7 +403,3 @@ def check_fit(model: nn.Module, state: Mapping[str, Any], checkpoint: str) -> No
             "the model it was made with",
             "use the same --model-name and --model-size, or start a new run",
         )
-
-
-def _age(manifest: Manifest) -> tuple[int, str]:
-    return manifest.step, manifest.created_at

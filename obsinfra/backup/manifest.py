@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,9 @@ from typing import Any
 from obsinfra.errors import CheckpointError
 
 SCHEMA = 1
+
+DISTRIBUTED = "dcp"
+"""The type mark `$` of a distributed checkpoint's document, which `state_tree` does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,11 @@ class Manifest:
         """Size of all its tensors."""
         return sum(entry.nbytes for entry in self.tensors)
 
+    @property
+    def distributed(self) -> bool:
+        """Whether its state is one of `torch.distributed.checkpoint`, for `dcp` to read."""
+        return isinstance(self.state, dict) and self.state.get("$") == DISTRIBUTED
+
     def chunks(self) -> set[str]:
         """Hashes of every chunk it needs."""
         return {chunk for entry in self.tensors for chunk in entry.chunks}
@@ -100,7 +108,7 @@ class Head:
                 f"attributes {self.attributes!r} are not JSON: {error}", "plain JSON values"
             ) from error
 
-    def body(self, parent: str | None, document: Any, tensors: list[TensorEntry]) -> dict[str, Any]:
+    def body(self, parent: str | None, document: Any, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
         """The manifest's JSON object, with an id and the present time."""
         return {
             "schema": SCHEMA,
@@ -139,15 +147,28 @@ def sealed(body: Mapping[str, Any]) -> bytes:
     return text + b"\nsha256:" + hashlib.sha256(text).hexdigest().encode() + b"\n"
 
 
+def unsealed(raw: bytes) -> bytes:
+    """The JSON text that `sealed` made `raw` of.
+
+    Raises:
+        ValueError: it is not what its seal says.
+    """
+    text, _, seal = raw.partition(b"\n")
+    if seal != b"sha256:" + hashlib.sha256(text).hexdigest().encode() + b"\n":
+        raise ValueError("the text does not fit its seal")
+    return text
+
+
 def parse_manifest(raw: bytes, path: Path) -> Manifest:
     """Read and check a manifest's text.
 
     Raises:
         CheckpointError: damaged, malformed, or of another schema.
     """
-    text, _, seal = raw.partition(b"\n")
-    if seal != b"sha256:" + hashlib.sha256(text).hexdigest().encode() + b"\n":
-        raise CheckpointError(f"manifest {path.name} is damaged", "the text its own sha256 names")
+    try:
+        text = unsealed(raw)
+    except ValueError as error:
+        raise CheckpointError(f"manifest {path.name} is damaged", "the text its own sha256 names") from error
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):

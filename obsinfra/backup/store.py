@@ -10,7 +10,9 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,26 @@ class RawTensor:
 class CheckpointStore:
     """A folder of checkpoints. Any number of readers; whoever writes or removes does so inside `writing()`.
 
+    Only chunks may also be written outside it, inside `sharing()`, by the ranks of one distributed save.
+
     Args:
         root: the folder; created when first written.
         files: how writes reach the disk.
+        threads: how many tensors are hashed and written at a time; with 1, in order.
     """
 
-    def __init__(self, root: Path, files: FileLayer | None = None) -> None:
+    def __init__(self, root: Path, files: FileLayer | None = None, *, threads: int = 1) -> None:
         self.root = root
+        self._threads = threads
+        self._committed: Manifest | None = None
         self.manifests = root / "manifests"
         self._files = files or OperatingSystemFiles()
         self.objects = ObjectStore(root / "objects", self._files)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of each chunk of a tensor but the last, as it is written now."""
+        return CHUNK_BYTES
 
     # ---- writing -----------------------------------------------------------------------------------
 
@@ -77,8 +89,46 @@ class CheckpointStore:
         if not self.manifest_paths():  # a manifest stands only in folders that are durable
             for folder in (self.root.parent, self.root):
                 self._files.sync_folder(folder)
-        for leftover in [*self.objects.root.glob("*.tmp"), *self.manifests.glob("*.tmp")]:
-            self._files.remove(leftover)
+        with self._unshared() as alone:
+            for leftover in [*self.objects.root.glob("*.tmp"), *self.manifests.glob("*.tmp")]:
+                if alone or leftover.parent == self.manifests:
+                    self._files.remove(leftover)
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Chunks may be written beside others who write: until this ends, nobody removes a chunk.
+
+        Any number at a time; nobody waits for its end, `collect` leaves the chunks for another time. It ends
+        with the process at the latest. The checkpoint is then committed with `commit_shared`.
+        """
+        if not (self.root / ".sharing").exists():
+            with self.writing():  # so that it is nobody's to share until those have ended who saw it absent
+                os.close(os.open(self.root / ".sharing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        with self._share_lock(fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def _unshared(self) -> Iterator[bool]:
+        """Inside `writing()`: whether nobody is `sharing`; then nobody begins before this ends."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._share_lock(fcntl.LOCK_EX | fcntl.LOCK_NB))
+                alone = True
+            except FileNotFoundError:
+                alone = True
+            except BlockingIOError:
+                alone = False
+            yield alone
+
+    @contextlib.contextmanager
+    def _share_lock(self, operation: int) -> Iterator[None]:
+        fd = os.open(self.root / ".sharing", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, operation)
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # as in `writing`
+            os.close(fd)
 
     def commit(self, head: Head, document: Any, tensors: Sequence[RawTensor]) -> tuple[Manifest, int]:
         """Commit a checkpoint; when this returns it is durable, when it raises the store is as before.
@@ -95,42 +145,150 @@ class CheckpointStore:
             CheckpointError: too little free space.
             OSError: the disk failed.
         """
-        self._check_space(sum(len(tensor.data) for tensor in tensors))
+        self.check_space(sum(len(tensor.data) for tensor in tensors))
         made: list[Path] = []
         try:
             return self._commit(head, document, tensors, made)
         except BaseException:
-            with contextlib.suppress(OSError):  # then the rest stays: harmless, and `collect` finds it
-                for path in reversed(made):  # the manifest before the chunks it names
-                    self._files.remove(path)
+            self._take_back(made)
             raise
+
+    def commit_shared(self, head: Head, document: Any, entries: Sequence[TensorEntry]) -> Manifest:
+        """Commit a checkpoint whose chunks were written and made durable inside `sharing()`.
+
+        Call it inside `sharing()` and `writing()`.
+
+        Args:
+            head: what is known of it.
+            document: the JSON document that refers to `entries` by index.
+
+        Raises:
+            CheckpointError: a chunk is not there; the store is as before.
+            OSError: the disk failed; the store is as before.
+        """
+        for digest in sorted({digest for entry in entries for digest in entry.chunks}):
+            if not self.objects.path(digest).exists():
+                raise CheckpointError(
+                    f"chunk {digest[:12]} went missing before the commit",
+                    "every chunk that the ranks wrote",
+                    "save again, and remove nothing from the store by hand meanwhile",
+                )
+        made: list[Path] = []
+        try:
+            return self._seal(head, document, entries, made)
+        except BaseException:
+            self._take_back(made)
+            raise
+
+    def adopt(self, raw: bytes, name: str) -> Manifest:
+        """Commit a manifest that was made elsewhere, as it is; its chunks are durable here by now.
+
+        Call it inside `sharing()` and `writing()`.
+
+        Args:
+            raw: the text of its file.
+            name: of its file.
+
+        Raises:
+            CheckpointError: damaged, not of that name, or a chunk is not there; the store is as before.
+            OSError: the disk failed; the store is as before.
+        """
+        path = self.manifests / name
+        manifest = parse_manifest(raw, path)
+        if f"{manifest.step:012d}-{manifest.kind}-{manifest.id}.json" != name:
+            raise CheckpointError(f"manifest {name} is that of another checkpoint", "its own")
+        for digest in sorted(manifest.chunks()):
+            if not self.objects.path(digest).exists():
+                raise CheckpointError(f"{name}: chunk {digest[:12]} is not here", "every chunk it names")
+        made: list[Path] = []
+        try:
+            write_whole(self._files, path.with_suffix(".tmp"), path, memoryview(raw), made)
+            self._files.sync_folder(self.manifests)
+        except BaseException:
+            self._take_back(made)
+            raise
+        return manifest
+
+    def _take_back(self, made: list[Path]) -> None:
+        """Remove what a failed commit made; chunks only while nobody may have come to count on them."""
+        # At an error the rest stays: harmless, and `collect` finds it.
+        with contextlib.suppress(OSError), self._unshared() as alone:
+            for path in reversed(made):  # the manifest before the chunks it names
+                if alone or path.parent in (self.objects.root, self.manifests):
+                    self._files.remove(path)
 
     def _commit(
         self, head: Head, document: Any, tensors: Sequence[RawTensor], made: list[Path]
     ) -> tuple[Manifest, int]:
         """Write chunks, then the manifest; `made` gets every file that was not there before."""
+        parent = self._parent()
+        likely = _counterparts(tensors, parent)
+        if self._threads > 1:  # so that one thread hashes while another waits for the disk
+            with ThreadPoolExecutor(self._threads, "obsinfra-chunks") as pool:  # ends all, whatever fails
+                results = list(pool.map(self.write_tensor, tensors, repeat(made), likely))
+        else:
+            results = list(map(self.write_tensor, tensors, repeat(made), likely))
+        entries = [entry for entry, _ in results]
+        durable = parent.chunks() if parent is not None else set()  # before its manifest was there
+        untouched = {digest for entry, fresh in results if not fresh for digest in entry.chunks}
+        self.objects.sync({digest for entry in entries for digest in entry.chunks} - (durable & untouched))
+        manifest = self._seal(head, document, entries, made)
+        self._committed = manifest
+        return manifest, sum(fresh for _, fresh in results)
+
+    def write_tensor(
+        self, tensor: RawTensor, made: list[Path], likely: Sequence[str] = ()
+    ) -> tuple[TensorEntry, int]:
+        """Write a tensor's chunks; durable after `objects.sync`.
+
+        Args:
+            made: gets every file that was not there before.
+            likely: digests of the chunks it had before, of which most may be as they were.
+
+        Returns:
+            What a manifest says of it, and the bytes of new chunks.
+        """
         written = 0
-        entries = []
-        for tensor in tensors:
-            chunks = []
-            for start in range(0, len(tensor.data), CHUNK_BYTES):
-                digest, fresh = self.objects.put(tensor.data[start : start + CHUNK_BYTES], made)
-                chunks.append(digest)
-                written += fresh
-            entries.append(TensorEntry(tensor.dtype, tensor.shape, len(tensor.data), tuple(chunks)))
-        self.objects.sync({digest for entry in entries for digest in entry.chunks})
+        chunks: list[str] = []
+        for start in range(0, len(tensor.data), CHUNK_BYTES):
+            before = likely[len(chunks)] if len(chunks) < len(likely) else None
+            digest, fresh = self.objects.put(tensor.data[start : start + CHUNK_BYTES], made, before)
+            chunks.append(digest)
+            written += fresh
+        return TensorEntry(tensor.dtype, tensor.shape, len(tensor.data), tuple(chunks)), written
+
+    def _seal(self, head: Head, document: Any, entries: Sequence[TensorEntry], made: list[Path]) -> Manifest:
+        """Write the manifest of chunks that are durable."""
         body = head.body(self._latest_id(), document, entries)
         path = self.manifests / file_name(body)
         write_whole(self._files, path.with_suffix(".tmp"), path, memoryview(sealed(body)), made)
         self._files.sync_folder(self.manifests)
-        return manifest_of(path, body), written
+        return manifest_of(path, body)
+
+    def _latest_path(self) -> Path | None:
+        """The checkpoint committed last, which need not be the one with the highest step."""
+        paths = sorted(self.manifest_paths(), key=lambda path: path.stat().st_mtime_ns)
+        return paths[-1] if paths else None
 
     def _latest_id(self) -> str | None:
-        """Id of the checkpoint committed last, which need not be the one with the highest step."""
-        paths = sorted(self.manifest_paths(), key=lambda path: path.stat().st_mtime_ns)
-        return paths[-1].stem.rpartition("-")[2] if paths else None
+        path = self._latest_path()
+        return path.stem.rpartition("-")[2] if path is not None else None
 
-    def _check_space(self, needed: int) -> None:
+    def _parent(self) -> Manifest | None:
+        """What was committed last, when it can be read."""
+        path = self._latest_path()
+        if path is None or (self._committed is not None and self._committed.path == path):
+            return self._committed if path is not None else None
+        with contextlib.suppress(CheckpointError):
+            return self.read_manifest(path)
+        return None
+
+    def check_space(self, needed: int) -> None:
+        """Whether `needed` bytes fit.
+
+        Raises:
+            CheckpointError: too little free space.
+        """
         found = os.statvfs(self.root)
         free = found.f_bavail * found.f_frsize
         if free < needed + SPACE_MARGIN_BYTES:
@@ -200,7 +358,8 @@ class CheckpointStore:
     def collect(self) -> int:
         """Remove chunks that no manifest names.
 
-        A manifest that cannot be read keeps every chunk, since nobody knows what it names.
+        A manifest that cannot be read keeps every chunk, since nobody knows what it names; so does somebody
+        `sharing`, whose chunks no manifest names yet.
 
         Returns:
             How many chunks were removed.
@@ -212,8 +371,20 @@ class CheckpointStore:
             except CheckpointError:
                 return 0
         removed = 0
-        for path in self.objects.all():
-            if path.name not in wanted:
-                self.objects.remove(path)
-                removed += 1
+        with self._unshared() as alone:
+            for path in self.objects.all() if alone else ():
+                if path.name not in wanted:
+                    self.objects.remove(path)
+                    removed += 1
         return removed
+
+
+def _counterparts(tensors: Sequence[RawTensor], parent: Manifest | None) -> list[tuple[str, ...]]:
+    """For each tensor the chunks of the parent's tensor in the same place, if it is of the same kind."""
+    entries = parent.tensors if parent is not None else ()
+    return [
+        entry.chunks
+        if entry is not None and (entry.dtype, entry.nbytes) == (tensor.dtype, len(tensor.data))
+        else ()
+        for tensor, entry in zip_longest(tensors, entries[: len(tensors)])
+    ]

@@ -33,12 +33,31 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """`torch.float32` for `float32`.
+
+    Raises:
+        ValueError: this torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype {name!r} in this torch")
+    return dtype
+
+
 def read_state(store: CheckpointStore, manifest: Manifest) -> Any:
     """The whole state of a checkpoint, with CPU tensors, every chunk verified.
 
     Raises:
-        CheckpointError: a chunk is absent or damaged, named, or the manifest contradicts itself.
+        CheckpointError: a chunk is absent or damaged, named, or the manifest contradicts itself, or is that
+            of a distributed checkpoint.
     """
+    if manifest.distributed:
+        raise CheckpointError(
+            f"{manifest.path.name} is a distributed checkpoint",
+            "one saved by a BackupSystem",
+            "load it with dcp.load(state, storage_reader=obsinfra.backup.dcp.ObsinfraReader(...))",
+        )
     return decode(manifest.state, [_read_tensor(store, entry, manifest) for entry in manifest.tensors])
 
 

@@ -1,0 +1,258 @@
+"""`obsinfra checkpoints …` as a person uses it: what it prints, what it changes, what it exits with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from obsinfra.backup.backup_system import BackupSystem, Kind, create_backup_system
+from obsinfra.backup.export import export
+from obsinfra.cli import checkpoints as commands
+from obsinfra.cli import main as cli
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+class Terminal:
+    """Runs `obsinfra` in this process, as its entry point does."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *words: str | Path) -> Result:
+        self._monkeypatch.setattr(sys, "argv", ["obsinfra", "checkpoints", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        return Result(int(caught.value.code or 0), out, err)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    for console in (commands.console, cli.stderr):
+        monkeypatch.setattr(console, "_width", 250)
+    return Terminal(capsys, monkeypatch)
+
+
+@pytest.fixture
+def backup(tmp_path: Path) -> BackupSystem:
+    """Run `alpha` under `runs/`, started with keep_checkpoints 2; three regular checkpoints."""
+    folder = tmp_path / "runs" / "alpha"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "version": 1, "id": "alpha", "model": "digits", "state": "finished",
+                "started": "2026-01-01T00:00:00+00:00", "host": "here", "world_size": 1, "processes": {},
+                "metrics_urls": {}, "git_revision": None, "epochs": 1, "restarts": 0, "parent": None,
+                "ended": None, "reason": None,
+            }
+        )
+    )  # fmt: skip
+    (folder / "config.toml").write_text("keep_checkpoints = 2\n")
+    made = create_backup_system(folder / "checkpoints", run="alpha")
+    for step in (10, 20, 30):
+        save(made, step)
+    return made
+
+
+def save(backup: BackupSystem, step: int, kind: Kind = "regular") -> Path:
+    state = {
+        "model": {"w": torch.full((100, 100), float(step)), "frozen": torch.ones(50, 50)},
+        "loss": 1.0 / step,
+        "odd [name]": (),
+    }
+    return backup.save(
+        state, step=step, epoch=1, kind=kind, metrics={"loss": 1.0 / step}, reason="a [test]"
+    ).path
+
+
+def damage(backup: BackupSystem, path: Path) -> None:
+    others = {d for info in backup.list() if info.path != path for d in info.chunks()}
+    for digest in backup.store.read_manifest(path).chunks() - others:
+        file = backup.store.objects.path(digest)
+        file.write_bytes(b"\0" * file.stat().st_size)
+
+
+def test_list_shows_each_with_its_tags(run: Terminal, backup: BackupSystem) -> None:
+    backup.tag("latest", "good")
+    result = run("list")
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [info.path.stem for info in backup.list()]
+    assert "good" in lines[3] and "a [test]" in lines[3] and "good" not in lines[2]
+
+
+def test_list_shows_damaged_manifests_too(run: Terminal, backup: BackupSystem) -> None:
+    path = backup.list()[0].path
+    path.write_bytes(b"x")
+    result = run("list", "alpha")
+    assert f"damaged  {path.stem}" in result.out and len(result.out.splitlines()) == 4
+
+
+def test_show_tells_what_it_holds(run: Terminal, backup: BackupSystem) -> None:
+    result = run("show", backup.list()[1].id)
+    assert result.code == 0
+    assert "epoch, step 1, 20" in result.out and "loss 0.05" in result.out
+    rows = [line.split() for line in result.out.splitlines()[-2:]]
+    assert rows[0][:2] == ["state.model.w", "float32"] and "[100, 100]" in result.out
+    assert rows[0][-1] == "0.040" and rows[1][0] == "state.model.frozen"
+
+
+def test_verify_exits_with_1_on_damage(run: Terminal, backup: BackupSystem) -> None:
+    assert run("verify").code == 0
+    path = backup.list()[1].path
+    damage(backup, path)
+    result = run("verify")
+    assert result.code == 1
+    assert [line.split()[0] for line in result.out.splitlines()] == ["sound", "damaged", "sound"]
+    assert run("verify", "--checkpoint", "latest").code == 0
+    assert run("verify", "--checkpoint", path.stem).code == 1
+
+
+def test_diff_names_what_differs_with_sizes(run: Terminal, backup: BackupSystem) -> None:
+    first, second, _ = (info.id for info in backup.list())
+    result = run("diff", first, second)
+    assert result.code == 1
+    rows = result.out.splitlines()
+    assert rows[1].split() == ["loss", "0.1", "and", "0.05"]
+    assert rows[2].split()[0] == "model.w" and rows[2].split()[-1] == "0.040"
+    assert "frozen" not in result.out and "2 differ (0.040 MB), 1 are the same" in rows[-1]
+    same = run("diff", first, first)
+    assert same.code == 0 and "the same, bit for bit" in same.out
+
+
+def test_diff_sees_what_is_on_one_side_only_and_empty_parts(run: Terminal, tmp_path: Path) -> None:
+    one, two = (create_backup_system(tmp_path / name) for name in ("one", "two"))
+    one.save({"a": torch.ones(2), "e": []}, step=1, epoch=0)
+    two.save({"b": torch.ones(2), "e": []}, step=1, epoch=0)
+    result = run("diff", "latest", "latest", "--run", "./one", "--with-run", "./two")
+    assert result.code == 1 and "only in A" in result.out and "only in B" in result.out
+    two.save({"a": torch.ones(2), "e": ()}, step=2, epoch=0)
+    assert run("diff", "latest", "latest", "--run", "./one", "--with-run", "./two").code == 1
+
+
+def test_du_tells_what_a_removal_frees(run: Terminal, backup: BackupSystem) -> None:
+    result = run("du")
+    rows = [line.split() for line in result.out.splitlines()]
+    assert [row[1:] for row in rows[1:4]] == [["0.040", "0.010"]] * 3
+    assert result.out.splitlines()[-1] == "0.130 MB on disk"
+    before = sum(path.stat().st_size for path in backup.store.objects.all())
+    backup.store.remove(backup.list()[0].path)
+    assert "0.040 MB of it named by no" in run("du").out
+    with backup.store.writing():
+        backup.store.collect()
+    assert before - sum(path.stat().st_size for path in backup.store.objects.all()) == 40_000
+
+
+def test_prune_keeps_what_the_run_was_started_with(run: Terminal, backup: BackupSystem) -> None:
+    stems = [info.path.stem for info in backup.list()]
+    told = run("prune", "--dry-run")
+    assert told.code == 0 and "1 to remove, 2 kept" in told.out and stems[0] in told.out
+    assert [info.path.stem for info in backup.list()] == stems
+    done = run("prune")
+    assert done.code == 0 and f"removed  {stems[0]}" in done.out
+    assert [info.path.stem for info in backup.list()] == stems[1:]
+    assert run("prune", "--keep-last", "1").code == 0
+    assert [info.step for info in backup.list()] == [30]
+
+
+def test_prune_by_the_rules_it_is_given(run: Terminal, backup: BackupSystem) -> None:
+    save(backup, 40)
+    assert run("prune", "--keep-last", "1", "--best-metric", "loss", "--best-mode", "max").code == 0
+    assert [info.step for info in backup.list()] == [10, 40]
+    assert run("prune", "--best-mode", "best").code == 2
+
+
+def test_a_tag_keeps_and_names(run: Terminal, backup: BackupSystem) -> None:
+    first = backup.list()[0].path
+    assert run("tag", first.stem, "start").code == 0
+    assert "0 removed, 3 kept" in run("prune").out
+    assert "step 1, 10" in run("show", "start").out
+    clash = run("tag", "latest", "start")
+    assert clash.code == 2 and clash.err.startswith("error: tag 'start' is that of") and clash.out == ""
+    assert run("tag", "latest", "start", "--move").code == 0
+    assert run("untag", "start").code == 0 and run("untag", "start").code == 2
+    run("prune")
+    assert not first.exists()
+
+
+def test_confirm(run: Terminal, backup: BackupSystem) -> None:
+    path = save(backup, 5, "emergency")
+    assert run("confirm", "latest").code == 2
+    assert run("confirm", path.stem).code == 0
+    assert "emergency (confirmed)" in run("list").out
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "dcp"])
+def test_export(run: Terminal, backup: BackupSystem, tmp_path: Path, form: str) -> None:
+    target = tmp_path / "out"
+    assert run("export", "latest", target, "--format", form).code == 0
+    if form == "dcp":
+        assert (target / ".metadata").is_file()
+    else:
+        found = load_file(target) if form == "safetensors" else torch.load(target, weights_only=True)
+        assert torch.equal(found["w"], torch.full((100, 100), 30.0))
+    assert run("export", "latest", target, "--format", form).code == 2
+    assert run("export", "latest", target, "--format", form, "--force").code == 0
+
+
+def test_a_format_that_is_none(run: Terminal, backup: BackupSystem) -> None:
+    result = run("export", "latest", "out", "--format", "onnx")
+    assert result.code == 2 and "expected one of safetensors, torch, dcp" in result.err
+
+
+def test_import(run: Terminal, backup: BackupSystem, tmp_path: Path) -> None:
+    export(backup, "latest", tmp_path / "w.safetensors")
+    assert run("import", "w.safetensors", "--tag", "theirs", "--step", "25").code == 0
+    assert backup.load("theirs").info.step == 25
+    assert run("import", "w.safetensors", "--tag", "theirs").code == 2
+    assert run("import", "absent.safetensors").code == 2
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    assert "weights_only" in run("import", "bad.pt").err
+
+
+def test_push_and_pull(run: Terminal, backup: BackupSystem, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    pushed = run("push", url)
+    assert pushed.code == 0 and "3 checkpoints, 4 chunks, 0.1 MB copied" in pushed.out
+    assert "0 checkpoints, 0 chunks" in run("push", url).out
+    one = run("pull", url, "./back", "--checkpoint", "latest")
+    assert one.code == 0 and "1 checkpoints, 2 chunks" in one.out
+    assert run("pull", url, "./back").code == 0
+    assert run("verify", "./back").code == 0
+    assert [info.step for info in create_backup_system(tmp_path / "back").list()] == [10, 20, 30]
+
+
+def test_a_remote_that_cannot_be_reached_is_one_line(run: Terminal, backup: BackupSystem) -> None:
+    for command in ("push", "pull"):
+        result = run(command, "nonsense://x")
+        assert result.code == 2 and len(result.err.splitlines()) == 1 and "nonsense" in result.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("show", "nosuch"), ("verify", "nosuch"), ("list", "./nowhere"), ("diff", "a", "b"), ("untag", "x")],
+)
+def test_what_is_not_there_is_one_line_and_exit_code_2(
+    run: Terminal, backup: BackupSystem, words: tuple[str, ...]
+) -> None:
+    result = run(*words)
+    assert result.code == 2 and result.err.startswith("error: ") and len(result.err.splitlines()) == 1
+
+
+def test_a_path_works_as_a_run_folder_or_a_store(run: Terminal, backup: BackupSystem) -> None:
+    assert run("list", "./runs/alpha").out == run("list", "./runs/alpha/checkpoints").out
+    assert run("list", "./runs/alpha").out == run("list", "alpha").out
