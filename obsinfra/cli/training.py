@@ -50,6 +50,7 @@ def run_training(flags: dict[str, Any], config: Path | None) -> int:
     plan = plan or plan_run(settings, workload.name)
     trainer = Trainer(workload, settings, plan)
     if not settings.disable_testing:
+        look_at_machine(settings)
         check(trainer)
     made = not plan.folder.root.exists()
     plan.folder.create()
@@ -87,6 +88,15 @@ def run_training(flags: dict[str, Any], config: Path | None) -> int:
         again = f"train --output-dir {settings.output_dir} --resume {outcome.run_id}{further}"
         say("go on", f"{program()} {again}")
     return outcome.exit_code
+
+
+def look_at_machine(settings: Settings) -> None:
+    """Say what is wrong with this machine, if anything is; `obsinfra doctor` tells the rest."""
+    from obsinfra.deployment.doctor import examine
+
+    for finding in examine(settings.output_dir):
+        if finding.status == "problem":
+            say("machine", f"{finding.name}: {finding.detail}; {finding.fix or 'see obsinfra doctor'}")
 
 
 def start_stack(settings: Settings) -> None:
