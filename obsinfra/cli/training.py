@@ -50,11 +50,12 @@ def run_training(flags: dict[str, Any], config: Path | None) -> int:
     plan = plan or plan_run(settings, workload.name)
     trainer = Trainer(workload, settings, plan)
     if not settings.disable_testing:
-        look_at_machine(settings)
         check(trainer)
     made = not plan.folder.root.exists()
     plan.folder.create()
     try:
+        if not settings.disable_testing:
+            look_at_machine(settings)
         start_stack(settings)
         configure_logging(
             plan.folder.logs,
