@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import structlog
 import torch
 from torch import nn
 
@@ -24,6 +23,7 @@ from obsinfra.backup.state_tree import encode
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.backup.tensors import code_versions, raw_tensor, read_state
 from obsinfra.errors import CheckpointError
+from obsinfra.monitoring.logging_config import get_logger
 
 Kind = Literal["regular", "emergency", "best", "final"]
 
@@ -120,7 +120,7 @@ class BackupSystem:
         self.policy = policy
         self._run = run
         self._last_saved: Path | None = None
-        self._log = structlog.get_logger("backup")
+        self._log = get_logger("system")
 
     # ---- any nested state --------------------------------------------------------------------------
 

@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import structlog
-
 from obsinfra.backup.backup_system import Kind, SavedCheckpoint
 from obsinfra.backup.retention import Retention, prune
 from obsinfra.backup.shared_snapshot import SharedSnapshots
@@ -33,6 +31,7 @@ from obsinfra.backup.store import CheckpointStore
 from obsinfra.backup.tensors import code_versions
 from obsinfra.backup.writer import MESSAGE_BYTES, Done, Lines, Order, WriterConfig, commit_slot
 from obsinfra.errors import CheckpointError
+from obsinfra.monitoring.logging_config import get_logger
 
 EventSink = Callable[[str, Mapping[str, Any]], None]
 """Gets an event's name and its facts: `writer_started`, `writer_died`, `writer_unavailable`,
@@ -205,7 +204,7 @@ class Checkpointer:
         self._retention = retention
         self._nice = nice
         self._threads = threads
-        self._log = structlog.get_logger("backup")
+        self._log = get_logger("system")
         self._versions = code_versions()
         self._snapshots = SharedSnapshots(directory)
         self._owner = os.getpid()

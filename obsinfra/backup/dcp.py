@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -43,6 +42,7 @@ from obsinfra.backup.manifest import DISTRIBUTED, Head, Manifest, TensorEntry
 from obsinfra.backup.store import CheckpointStore, RawTensor
 from obsinfra.backup.tensors import code_versions, named_dtype, raw_tensor
 from obsinfra.errors import CheckpointError
+from obsinfra.monitoring.logging_config import get_logger
 
 __all__ = ["ObsinfraLoadPlanner", "ObsinfraReader", "ObsinfraSavePlanner", "ObsinfraWriter"]
 
@@ -252,7 +252,7 @@ class ObsinfraReader(StorageReader):
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._verify = verify
         self._items: dict[Any, Stored] = {}
-        self._log = structlog.get_logger("backup")
+        self._log = get_logger("system")
         self.loaded: Manifest | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import structlog
 from fsspec.core import url_to_fs
 
 from obsinfra.backup import tags
 from obsinfra.backup.manifest import Manifest, parse_manifest
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.errors import CheckpointError, ObsinfraError
+from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.run.files import fsync_folder, write_atomic
 
 Progress = Callable[[int, int], None]
@@ -35,7 +35,7 @@ BATCH = 4
 
 _MANIFEST = re.compile(r"\d{12,}-[a-z]+-[0-9a-f]+\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_log = structlog.get_logger("backup")
+_log = get_logger("system")
 
 
 class RemoteError(CheckpointError):

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import structlog
-
 from obsinfra.backup import tags
 from obsinfra.backup.manifest import Manifest
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.errors import CheckpointError
+from obsinfra.monitoring.logging_config import get_logger
 
 T = TypeVar("T")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_log = structlog.get_logger("backup")
+_log = get_logger("system")
 
 
 @dataclass(frozen=True, slots=True)

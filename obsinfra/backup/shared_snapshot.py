@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from obsinfra.backup.slot import (
 )
 from obsinfra.backup.state_tree import encode
 from obsinfra.backup.tensors import dtype_name
+from obsinfra.monitoring.logging_config import get_logger
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,4 +210,4 @@ def _page_lock(whole: Tensor) -> None:
         whole.data_ptr(), whole.numel(), 0
     )
     if int(error) != 0:
-        structlog.get_logger("backup").warning("snapshot_not_pinned", error=str(error), bytes=whole.numel())
+        get_logger("system").warning("snapshot_not_pinned", error=str(error), bytes=whole.numel())

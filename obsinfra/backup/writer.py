@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 
 from obsinfra.backup.manifest import Head, Manifest
 from obsinfra.backup.retention import Retention, prune, with_room
@@ -306,14 +306,15 @@ def log_line(log_path: str, event: str, **facts: Any) -> None:
     print(line, end="", file=sys.stderr)
 
 
-def _log_into(log_path: str) -> None:
+class _IntoLog(logging.Handler):
     """What the floors below say goes into the same file."""
 
-    def write(_: Any, method: str, event: MutableMapping[str, Any]) -> str:
-        log_line(log_path, str(event.pop("event")), level=method, writer=os.getpid(), **event)
-        raise structlog.DropEvent
+    def __init__(self, log_path: str) -> None:
+        super().__init__()
+        self._log_path = log_path
 
-    structlog.configure(processors=[write])
+    def emit(self, record: logging.LogRecord) -> None:
+        log_line(self._log_path, record.getMessage(), level=record.levelname.lower(), writer=os.getpid())
 
 
 def _set_io_priority(*, idle: bool) -> None:
@@ -331,7 +332,7 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(OSError):
         os.nice(config.nice)
     _set_io_priority(idle=True)
-    _log_into(config.log_path)
+    logging.getLogger("obsinfra").addHandler(_IntoLog(config.log_path))
     try:
         Writer(config).run()
     except Exception:

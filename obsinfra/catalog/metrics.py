@@ -171,6 +171,9 @@ CHECKPOINTS = _counter(
     "checkpoints", "Checkpoints committed, by kind (regular, emergency, best, final).", "kind"
 )
 CHECKPOINT_FAILURES = _counter("checkpoint_failures", "Checkpoints that could not be committed.", "kind")
+CHECKPOINT_WRITER_RESTARTS = _counter(
+    "checkpoint_writer_restarts", "Checkpoint writer processes that died and were replaced."
+)
 CHECKPOINT_BYTES = _gauge("checkpoint_bytes", "Size of the last checkpoint's tensors.")
 CHECKPOINT_WRITTEN_BYTES = _counter("checkpoint_written_bytes", "Bytes written to the checkpoint store.")
 CHECKPOINT_DURATION_SECONDS = _histogram(

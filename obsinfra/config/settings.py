@@ -111,7 +111,8 @@ class Settings(BaseModel):
     )
     resume: str | None = _setting(
         None,
-        "auto (the newest resumable run of this model, else a new one), a run name, or a checkpoint path.",
+        "auto (the newest resumable run of this model, else a new one), a run name, a checkpoint path, "
+        "or the URL of a remote copy (s3://bucket/folder, …).",
         group="Where things go",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import httpx
 
 from obsinfra.backup.backup_system import LoadedCheckpoint, create_backup_system
+from obsinfra.backup.checkpointer import wait_for_heir
 from obsinfra.backup.compare import count_tensors, differences
 from obsinfra.control.journal import Journal
 from obsinfra.deployment.native_stack import StackInfo
@@ -68,7 +69,10 @@ class DrillResult:
     Attributes:
         timeline: in order; the first is the crossing.
         run: id of the run that was killed and resumed.
-        saved_step, killed_step, final_step: of the emergency checkpoint, the kill and the end.
+        saved_step, killed_step: of the emergency checkpoint and the kill.
+        resumed_step: of the checkpoint resumed from: that one, or a newer snapshot that the writer process
+            committed after the kill.
+        final_step: at which both runs ended.
         tensors: compared between the resumed and the uninterrupted run.
         differing: places where they differ; empty is what is wanted.
         crossing_to_committed_seconds: from the exploding step to the durable checkpoint.
@@ -78,6 +82,7 @@ class DrillResult:
     run: str
     saved_step: int
     killed_step: int
+    resumed_step: int
     final_step: int
     tensors: int
     differing: tuple[str, ...]
@@ -109,20 +114,24 @@ class Drill:
         self._say(f"training run {self._folder.id}; gradients explode at step {EXPLODE_AT}")
         with self._trainer(f"--run={self._folder.id}") as trainer:
             timeline = self._until_saved(trainer)
+            crossing, committed = timeline[0], timeline[-1]
+            saved_step = int(self._span("checkpoint")["attributes"]["obsinfra.step"])  # type: ignore[index]
             killed_step = self._present_step()
             os.kill(trainer.pid, signal.SIGKILL)
             trainer.wait()
             timeline.append(Moment(time.time(), f"trainer killed with SIGKILL at step {killed_step}"))
-        saved_step = self._checkpoint("emergency").info.step
-        self._say(f"saved at step {saved_step}, killed; resuming from that checkpoint")
+        if not wait_for_heir(self._folder.checkpoints, PATIENCE_SECONDS):
+            raise self._failed("the writer did not end after the trainer")
+        last = create_backup_system(self._folder.checkpoints).load().info
+        if last.step > saved_step:
+            at = datetime.fromisoformat(last.created_at).timestamp()
+            timeline.append(Moment(at, f"the writer process commits the last snapshot, of step {last.step}"))
+        self._say(f"saved at step {saved_step}, killed; resuming from step {last.step}")
         final_step = killed_step + STEPS_AFTER
         with self._trainer(f"--resume={self._folder.id}", f"--max-steps={final_step}") as trainer:
             started = self._wait(self._resumed_start, trainer, "the resumed start")
-            timeline.append(
-                Moment(
-                    _moment(started), f"resumed from the checkpoint of step {started['resumed_from_step']}"
-                )
-            )
+            resumed_step = int(started["resumed_from_step"])
+            timeline.append(Moment(_moment(started), f"resumed from the checkpoint of step {resumed_step}"))
             self._ended(trainer)
         self._say(f"the same {final_step} steps without any interruption, to compare")
         reference = RunFolder(self._output_dir / f"{self._folder.id}-uninterrupted")
@@ -135,10 +144,11 @@ class Drill:
             self._folder.id,
             saved_step,
             killed_step,
+            resumed_step,
             resumed.info.step,
             count_tensors(whole.state),
             tuple(differing),
-            timeline[-3].at - timeline[0].at,
+            committed.at - crossing.at,
         )
 
     # ---- the first part: from the crossing to the committed checkpoint -------------------------------
@@ -240,21 +250,18 @@ class Drill:
         return start if start is not None and start["resumed_from_step"] is not None else None
 
     def _span(self, name: str) -> dict[str, Any] | None:
-        spans = _documents(self._folder.traces / "spans.jsonl")
-        return next((span for span in spans if span.get("name") == name), None)
+        """The first span of that name; of a checkpoint, the first that was an emergency's."""
+        for span in _documents(self._folder.traces / "spans.jsonl"):
+            kind = span["attributes"].get("obsinfra.kind", "emergency")
+            if span["name"] == name and kind == "emergency":
+                return span
+        return None
 
     def _present_step(self) -> int:
         """The step under way, from the run's own live page."""
         page = self._folder.read_info().metrics_urls["0"].removesuffix("/metrics")
         # Without a proxy from the environment: this asks the machine itself.
         return int(httpx.get(f"{page}/api/live", trust_env=False).json()["progress"]["step"])
-
-    def _checkpoint(self, kind: str) -> LoadedCheckpoint:
-        backup = create_backup_system(self._folder.checkpoints)
-        found = [manifest for manifest in backup.list() if manifest.kind == kind]
-        if not found:
-            raise self._failed(f"no sound {kind} checkpoint")
-        return backup.load(found[-1].path)
 
 
 def _newest(folder: RunFolder) -> LoadedCheckpoint:

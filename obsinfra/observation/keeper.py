@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 from obsinfra.backup.backup_system import BackupSystem
-from obsinfra.backup.snapshot import SnapshotBuffers
+from obsinfra.backup.checkpointer import Checkpointer, PendingCommit, create_checkpointer
 from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ObsinfraError
@@ -26,6 +27,11 @@ SNAPSHOT_SHARE = 0.01
 """Automatic snapshots take at most this share of the wall time."""
 
 MIN_SNAPSHOT_SECONDS = 1.0
+
+SLOT_SECONDS = 30.0
+"""How long a commit waits for a snapshot's place while both are being committed."""
+
+Source = Literal["live state", "host snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +60,82 @@ class Committed:
 
     path: Path
     step: int
-    source: Literal["live state", "host snapshot"]
+    source: Source
+
+
+class Saving:
+    """A commit under way: the loop has paid for the copy, the writer does the rest."""
+
+    def __init__(self) -> None:
+        self._settled = threading.Condition()
+        self._done = False
+        self._outcome: Committed | None = None
+        self._listeners: list[Callable[[Committed | None], None]] = []
+
+    def wait(self, timeout: float | None = None) -> Committed | None:
+        """Wait until it is durable; None when it failed (counted and logged), or after `timeout` seconds."""
+        with self._settled:
+            self._settled.wait_for(lambda: self._done, timeout)
+            return self._outcome
+
+    def then(self, listener: Callable[[Committed | None], None]) -> None:
+        """Call `listener` with the outcome: on the checkpointer's thread, or at once if it is known."""
+        with self._settled:
+            if not self._done:
+                self._listeners.append(listener)
+                return
+        listener(self._outcome)
+
+    def settle(self, outcome: Committed | None) -> None:
+        """It is durable and reported, or has failed."""
+        with self._settled:
+            self._outcome, self._done = outcome, True
+            self._settled.notify_all()
+        for listener in self._listeners:
+            listener(outcome)
 
 
 class Keeper:
-    """Saves one loop's state. Live state on the loop's thread only; snapshots from any thread.
+    """Saves one loop's state: copies it between two steps and has the writer process commit the copy.
+
+    Copies are for the loop's thread only; `begin_snapshot` may be called from any.
 
     Args:
-        backup: where to; None (backups disabled) makes every call a no-op that returns None.
+        backup: the store; None (backups disabled) makes every call a no-op that returns None.
+        log_path: where the writer notes what it saved after the trainer was lost.
 
     Attributes:
         due: `perf_counter` moment at which `keep_up` wants to be called next.
-        last_commit_seconds: how long the last commit took.
+        last_commit_seconds: how long the last commit took, from the request to the durable manifest.
     """
 
     def __init__(
-        self, backup: BackupSystem | None, state: LoopState, monitor: TrainingMonitor, settings: Settings
+        self,
+        backup: BackupSystem | None,
+        state: LoopState,
+        monitor: TrainingMonitor,
+        settings: Settings,
+        *,
+        run: str,
+        log_path: Path,
     ) -> None:
         self.backup = backup
         self._state = state
         self._monitor = monitor
         self._recorder = monitor.recorder
         self._settings = settings
-        self._snapshots = SnapshotBuffers()
         self._log = get_logger("training")
+        self._errors = get_logger("errors")
+        self._checkpointer: Checkpointer | None = None
+        if backup is not None:
+            monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS, 0)
+            self._checkpointer = create_checkpointer(
+                backup.store.root,
+                run=run,
+                on_event=self._on_event,
+                log_path=log_path,
+                retention=backup.policy,
+            )
         self.last_commit_seconds = 0.0
         self._last_regular_at = perf_counter()
         interval = settings.checkpoint_seconds
@@ -95,7 +153,7 @@ class Keeper:
     def keep_up(self, epoch: int) -> None:
         """At a step boundary: the regular checkpoint and the snapshot that are due."""
         if perf_counter() >= self._checkpoint_due and self.sound():
-            self.commit("regular", Request.now("interval"), epoch)
+            self.begin("regular", Request.now("interval"), epoch)
         if perf_counter() >= self._snapshot_due:
             self.snapshot(epoch)
 
@@ -104,22 +162,17 @@ class Keeper:
         every = self._settings.checkpoint_epochs
         rested = perf_counter() - self._last_regular_at >= self._settings.checkpoint_min_seconds
         if every and epoch % every == 0 and rested and self.sound():
-            self.commit("regular", Request.now("epoch end"), epoch)
+            self.begin("regular", Request.now("epoch end"), epoch)
 
     def snapshot(self, epoch: int) -> None:
-        """Copy the state into host memory; nothing without backups or while the state is not sound."""
-        if self.backup is None:
+        """Copy the state into shared memory; nothing without backups or while the state is not sound."""
+        if self._checkpointer is None:
             return
         started = perf_counter()
         if self.sound():
-            with self._recorder.phase("checkpoint"):
-                taken = self._snapshots.take(
-                    self._state.capture(), step=self._recorder.step, epoch=epoch, metrics=self._metrics()
-                )
-            if taken:
-                self._monitor.instruments.observe(catalog.SNAPSHOT_SECONDS, self._snapshots.last_seconds)
+            self._take(epoch, urgent=False, wait=0.0)
         every = self._settings.snapshot_seconds or max(
-            MIN_SNAPSHOT_SECONDS, self._snapshots.last_seconds / SNAPSHOT_SHARE
+            MIN_SNAPSHOT_SECONDS, self._checkpointer.last_snapshot_seconds / SNAPSHOT_SHARE
         )
         self._snapshot_due = started + every
         self.due = min(self._snapshot_due, self._checkpoint_due)
@@ -127,102 +180,127 @@ class Keeper:
     @property
     def snapshot_step(self) -> int | None:
         """Step of the newest snapshot."""
-        return self._snapshots.newest_step
+        return self._checkpointer.newest_step if self._checkpointer is not None else None
 
-    def commit(self, kind: Kind, request: Request, epoch: int) -> Committed | None:
-        """Commit the live state; an emergency takes the last good snapshot when the state is not sound.
+    def begin(self, kind: Kind, request: Request, epoch: int) -> Saving | None:
+        """Copy the live state and have it committed; an emergency takes the last sound snapshot instead when
+        the present state is not sound. Returns as soon as the copy is made.
 
         Returns:
-            None when backups are disabled or the commit failed (counted and logged).
+            None when backups are disabled or nothing could be copied (counted and logged).
         """
-        if self.backup is None:
+        if self._checkpointer is None:
             return None
         if kind == "emergency" and not self.sound():
-            return self.commit_snapshot(request)
-        with self._recorder.phase("checkpoint"):
-            path = self._write(
-                self._state.capture(),
-                kind,
-                request,
-                step=self._recorder.step,
-                epoch=epoch,
-                metrics=self._metrics(),
-            )
+            return self.begin_snapshot(request)
+        taken = self._take(epoch, urgent=kind == "emergency", wait=SLOT_SECONDS)
+        saving = self._commit(kind, request, "live state", sound=False) if taken else None
+        if not taken:
+            self._failed(kind, "both snapshots were being committed all the time")
         if kind == "regular":
             # Whether it worked or not: a full disk is tried again after the interval, not at every step.
             self._last_regular_at = perf_counter()
             if self._settings.checkpoint_seconds > 0:
                 self._checkpoint_due = perf_counter() + self._settings.checkpoint_seconds
             self.due = min(self._snapshot_due, self._checkpoint_due)
-        return None if path is None else Committed(path, self._recorder.step, "live state")
+        return saving
+
+    def begin_snapshot(self, request: Request) -> Saving | None:
+        """Have the newest sound snapshot committed as an emergency; any thread. None when there is none."""
+        return self._commit("emergency", request, "host snapshot", sound=True)
+
+    def commit(self, kind: Kind, request: Request, epoch: int) -> Committed | None:
+        """`begin`, and wait until it is durable; the wait is accounted as checkpoint time."""
+        with self._recorder.phase("checkpoint"):
+            saving = self.begin(kind, request, epoch)
+            return saving.wait() if saving is not None else None
 
     def commit_snapshot(self, request: Request) -> Committed | None:
-        """Commit the newest host snapshot with a finite model; any thread. None when there is none."""
-        if self.backup is None:
-            return None
-        snapshot = self._snapshots.hold(sound=True)
-        if snapshot is None:
-            return None
-        try:
-            path = self._write(
-                snapshot.state,
-                "emergency",
-                request,
-                step=snapshot.step,
-                epoch=snapshot.epoch,
-                metrics=snapshot.metrics,
-            )
-        finally:
-            self._snapshots.release()
-        return None if path is None else Committed(path, snapshot.step, "host snapshot")
+        """`begin_snapshot`, and wait until it is durable; any thread."""
+        saving = self.begin_snapshot(request)
+        return saving.wait() if saving is not None else None
 
-    def _write(
-        self,
-        state: Mapping[str, Any],
-        kind: Kind,
-        request: Request,
-        *,
-        step: int,
-        epoch: int,
-        metrics: Mapping[str, float],
-    ) -> Path | None:
-        assert self.backup is not None
-        started = perf_counter()
-        try:
-            saved = self.backup.save(
-                state,
-                step=step,
-                epoch=epoch,
-                kind=kind,
-                metrics=dict(metrics),
-                reason=request.reason,
-                attributes={"resumable": kind != "best"},
+    def close(self, timeout: float) -> None:
+        """Wait for what is being committed, then end the writer; it goes on alone after `timeout` seconds."""
+        if self._checkpointer is not None and not self._checkpointer.close(timeout):
+            self._errors.error("checkpoints_not_finished", seconds=timeout)
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _take(self, epoch: int, *, urgent: bool, wait: float) -> bool:
+        assert self._checkpointer is not None
+        with self._recorder.phase("checkpoint"):
+            try:
+                taken = self._checkpointer.snapshot(
+                    self._state.capture(),
+                    step=self._recorder.step,
+                    epoch=epoch,
+                    metrics=self._metrics(),
+                    sound=self.sound() and self._state.finite(),
+                    urgent=urgent,
+                    wait=wait,
+                )
+            except (OSError, ObsinfraError) as error:
+                self._failed("snapshot", str(error))
+                return False
+        if taken:
+            self._monitor.instruments.observe(
+                catalog.SNAPSHOT_SECONDS, self._checkpointer.last_snapshot_seconds
             )
-            self.backup.prune()
-        except (OSError, ObsinfraError) as error:
-            self._monitor.instruments.add(catalog.CHECKPOINT_FAILURES, kind=kind)
-            get_logger("errors").error("checkpoint_failed", kind=kind, step=step, error=str(error))
+        return taken
+
+    def _commit(self, kind: Kind, request: Request, source: Source, *, sound: bool) -> Saving | None:
+        if self._checkpointer is None:
             return None
-        self.last_commit_seconds = perf_counter() - started
+        try:
+            pending = self._checkpointer.commit(
+                kind, request.reason, attributes={"resumable": kind != "best"}, sound=sound
+            )
+        except ObsinfraError as error:
+            self._failed(kind, str(error))
+            return None
+        saving = Saving()
+        pending.add_done_callback(lambda done: saving.settle(self._report(done, request, source)))
+        return saving
+
+    def _report(self, pending: PendingCommit, request: Request, source: Source) -> Committed | None:
+        """The checkpointer's thread: what was asked for is durable, or has failed."""
+        try:
+            saved = pending.wait(0)
+        except (OSError, ObsinfraError) as error:
+            self._failed(pending.kind, str(error))
+            return None
+        self.last_commit_seconds = saved.duration_seconds
         self._monitor.checkpoint_committed(
-            kind=kind,
-            step=step,
+            kind=saved.kind,
+            step=saved.step,
             requested_at=request.requested_at,
             bytes_total=saved.bytes_total,
             bytes_written=saved.bytes_written,
             path=str(saved.path),
             traceparent=request.traceparent,
         )
+        trace = trace_id_of(request.traceparent)
         self._log.info(
             "checkpoint",
-            kind=kind,
-            step=step,
+            kind=saved.kind,
+            step=saved.step,
             reason=request.reason,
-            seconds=round(self.last_commit_seconds, 4),
+            seconds=round(saved.duration_seconds, 4),
             path=str(saved.path),
-            **({"trace_id": trace} if (trace := trace_id_of(request.traceparent)) else {}),
+            **({"trace_id": trace} if trace else {}),
         )
-        return saved.path
+        return Committed(saved.path, saved.step, source)
+
+    def _failed(self, kind: str, error: str) -> None:
+        self._monitor.instruments.add(catalog.CHECKPOINT_FAILURES, kind=kind)
+        self._errors.error("checkpoint_failed", kind=kind, at_step=self._recorder.step, error=error)
+
+    def _on_event(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event == "writer_died":
+            self._monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS)
+        if event in ("writer_died", "writer_unavailable", "committing_in_trainer", "checkpointer_crashed"):
+            self._errors.error(event, **facts)
 
     def _metrics(self) -> dict[str, float]:
         found = {

@@ -36,7 +36,7 @@ from obsinfra.config.resolve import dump_toml, resolve
 from obsinfra.config.settings import Settings
 from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Ack, Command
-from obsinfra.errors import CheckpointError, NonFiniteLossError, ObsinfraError
+from obsinfra.errors import NonFiniteLossError, ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger, set_context_source
 from obsinfra.monitoring.recorder import _Phase
 from obsinfra.monitoring.tracing import trace_id_of
@@ -51,6 +51,14 @@ from obsinfra.observation.watchdog import Watchdog
 from obsinfra.run.files import write_atomic, write_json_atomic
 from obsinfra.run.folder import ENDED_STATES, RunInfo
 from obsinfra.run.process import ProcessId
+
+CLOSE_SECONDS = 60.0
+"""For what is being committed when the run ends; the writer goes on alone if it takes longer."""
+
+_CHECKPOINT, _EMERGENCY, _STOP = (
+    action.name
+    for action in (catalog_actions.CHECKPOINT, catalog_actions.EMERGENCY_CHECKPOINT, catalog_actions.STOP)
+)
 
 PROGRESS_SECONDS = 2.0
 """How often the step reached is noted, to know after a crash how many steps are done again."""
@@ -202,7 +210,14 @@ class ObservedRun:
             backup = create_backup_system(
                 self.folder.checkpoints, keep_last=settings.keep_checkpoints, run=self.folder.id
             )
-        self.keeper = Keeper(backup, self._state, self.monitor, settings)
+        self.keeper = Keeper(
+            backup,
+            self._state,
+            self.monitor,
+            settings,
+            run=self.folder.id,
+            log_path=self.folder.logs / "writer.jsonl",
+        )
         self._door = SignalDoor(
             settings.stop_signals, on_signal=self._on_signal, on_second_interrupt=self._on_second_interrupt
         )
@@ -220,6 +235,7 @@ class ObservedRun:
             self._introduce(plan)
         except BaseException:
             self._close_doors()
+            self.keeper.close(CLOSE_SECONDS)
             self.monitor.stop_monitoring()
             self.folder.unlock()
             if made:
@@ -331,13 +347,23 @@ class ObservedRun:
         self.monitor.log_validation(metrics)
         self._log.info("validation", epoch=self.position.epoch, at_step=self.step, **metrics)
 
-    def checkpoint(self, kind: Kind = "regular", reason: str = "asked for by the loop") -> Path | None:
-        """Commit the present state now. Call it between steps, on the loop's thread.
+    def checkpoint(
+        self, kind: Kind = "regular", reason: str = "asked for by the loop", *, wait: bool = True
+    ) -> Path | None:
+        """Commit the present state. Call it between steps, on the loop's thread.
+
+        Args:
+            wait: False returns as soon as the state is copied, and has it committed in the background.
 
         Returns:
-            The manifest's path, or None when backups are disabled or the commit failed (counted and logged).
+            The manifest's path; None without `wait`, when backups are disabled, or when the commit failed
+            (counted and logged).
         """
-        committed = self.keeper.commit(kind, Request.now(reason), self.position.epoch)
+        request, epoch = Request.now(reason), self.position.epoch
+        if not wait:
+            self.keeper.begin(kind, request, epoch)
+            return None
+        committed = self.keeper.commit(kind, request, epoch)
         return committed.path if committed else None
 
     def request_stop(self, reason: str, exit_code: int = 0) -> None:
@@ -363,6 +389,7 @@ class ObservedRun:
         reason = reason or (self.stop.reason if self.stop else None)
         summary = self.monitor.get_performance_summary()
         self._system_log.info("run_ended", state=state, reason=reason, **summary)
+        self.keeper.close(CLOSE_SECONDS)
         self._close_doors()
         self._set_state(state, reason)
         self.monitor.stop_monitoring()
@@ -439,37 +466,43 @@ class ObservedRun:
         self.stop = stop
 
     def _obey(self, command: Command) -> None:
-        """Execute one command and acknowledge it; a failing one never ends the training."""
+        """Execute one command and acknowledge it; a failing one never ends the training.
+
+        A checkpoint is acknowledged when it is durable; the loop goes on after the copy.
+        """
         started, step = time.time(), self.step
         self.channel.ack(command.id, "running", step=step)
+
+        def settle(committed: Committed | None) -> None:
+            if committed is None and self.keeper.backup is not None:
+                self._refuse(
+                    command, "the checkpoint was not committed; errors.jsonl says why", step, started
+                )
+            else:
+                self.channel.ack(command.id, "done", step=step, result=_where(committed))
+                self._settled(command, "done", step, started)
+
         try:
-            result = self._execute(command)
+            request = Request(_reason(command), command.issued_at, command.traceparent)
+            epoch = self.position.epoch
+            if command.action in (_CHECKPOINT, _EMERGENCY):
+                kind: Kind = "regular" if command.action == _CHECKPOINT else "emergency"
+                saving = self.keeper.begin(kind, request, epoch)
+                saving.then(settle) if saving is not None else settle(None)
+            elif command.action == _STOP:
+                self._set_state("stopping", _reason(command))
+                committed = self.keeper.commit("emergency", request, epoch)
+                self.stop = StopRequest(f"command stop ({_reason(command)})", 0)
+                settle(committed)
+            else:
+                self._refuse(command, f"the trainer cannot do {command.action!r}", step, started)
         except Exception as error:
             self._system_log.error("command_failed", action=command.action, id=command.id, exc_info=error)
-            self.channel.ack(command.id, "failed", step=step, error=f"{type(error).__name__}: {error}")
-            self._settled(command, "failed", step, started)
-        else:
-            self.channel.ack(command.id, "done", step=step, result=result)
-            self._settled(command, "done", step, started)
+            self._refuse(command, f"{type(error).__name__}: {error}", step, started)
 
-    def _execute(self, command: Command) -> dict[str, Any]:
-        request = Request(_reason(command), command.issued_at, command.traceparent)
-        epoch = self.position.epoch
-        if command.action == catalog_actions.CHECKPOINT.name:
-            return self._result(self.keeper.commit("regular", request, epoch))
-        if command.action == catalog_actions.EMERGENCY_CHECKPOINT.name:
-            return self._result(self.keeper.commit("emergency", request, epoch))
-        if command.action == catalog_actions.STOP.name:
-            self._set_state("stopping", _reason(command))
-            committed = self.keeper.commit("emergency", request, epoch)
-            self.stop = StopRequest(f"command stop ({_reason(command)})", 0)
-            return self._result(committed)
-        raise ObsinfraError(f"the trainer cannot do {command.action!r}")
-
-    def _result(self, committed: Committed | None) -> dict[str, Any]:
-        if committed is None and self.keeper.backup is not None:
-            raise CheckpointError("the checkpoint could not be committed", "see errors.jsonl for the reason")
-        return _where(committed)
+    def _refuse(self, command: Command, error: str, step: int, started: float) -> None:
+        self.channel.ack(command.id, "failed", step=step, error=error)
+        self._settled(command, "failed", step, started)
 
     def _on_nonfinite(self) -> None:
         self._nonfinite_seen = self._recorder.nonfinite
@@ -527,6 +560,7 @@ class ObservedRun:
             self._ended = True
             self._set_state("stopped", reason)
             self._note_progress()
+            self.keeper.close(CLOSE_SECONDS)
             self.channel.stop()
             self.monitor.stop_monitoring()
             sys.stdout.flush()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from obsinfra.backup.checkpointer import wait_for_heir
+from obsinfra.backup.remote import fetch, is_url
 from obsinfra.config.settings import Settings
-from obsinfra.errors import CheckpointError, ConfigError, RunBusyError
+from obsinfra.errors import CheckpointError, ConfigError, ObsinfraError, RunBusyError
 from obsinfra.run.folder import LIVE_STATES, RunFolder, check_run_id, find_run, new_run_id, scan_runs
+
+HEIR_SECONDS = 60.0
+"""How long a resume waits for the writer of a trainer that died to commit its last snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
         return _new(settings, model)
     if resume == "auto":
         return _automatic(settings, model)
+    if is_url(resume):
+        return _fetched(resume, _new(settings, model).folder)
     path = Path(resume).expanduser()
     if "/" not in resume and not path.exists():
         return _continue(find_run(settings.output_dir, resume))
@@ -66,6 +74,28 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
         checkpoint=path,
         parent=str(path),
         note=f"a new run from checkpoint {path.name}",
+    )
+
+
+def _fetched(url: str, folder: RunFolder) -> ResumePlan:
+    """A new run from a remote's newest sound checkpoint, brought into the run's own store first."""
+    made = not folder.root.exists()
+    try:
+        checkpoint = fetch(url, folder.checkpoints)
+    except (ObsinfraError, OSError) as error:
+        if made:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        if isinstance(error, ObsinfraError):
+            raise
+        raise CheckpointError(
+            f"cannot bring {url} to {folder.checkpoints}: {error}", "a writable folder with free space"
+        ) from error
+    return ResumePlan(
+        folder,
+        store=folder.checkpoints,
+        checkpoint=checkpoint,
+        parent=url,
+        note=f"a new run from checkpoint {checkpoint.name} of {url}",
     )
 
 
@@ -104,6 +134,12 @@ def _continue(folder: RunFolder) -> ResumePlan:
     info = folder.read_info()
     if info.present_state() in LIVE_STATES:
         raise _busy(folder)
+    if not wait_for_heir(folder.checkpoints, HEIR_SECONDS):
+        raise RunBusyError(
+            f"the last checkpoint of run {folder.id} is still being written after {HEIR_SECONDS:.0f} s",
+            "a run whose writer has ended",
+            "wait for the process 'obsinfra.backup.writer' of that run, or look at its logs/writer.jsonl",
+        )
     if not has_checkpoints(folder.checkpoints):
         raise CheckpointError(
             f"run {folder.id} has no checkpoint to resume from",

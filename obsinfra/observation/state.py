@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from obsinfra.backup.backup_system import Stateful, load_model
@@ -50,6 +51,19 @@ class LoopState:
             "position": self._position.state_dict(),
             "step": self._recorder.step,
         }
+
+    def finite(self) -> bool:
+        """Whether the whole model is finite. Reads all of it, so for a snapshot, not for each step."""
+        tensors = [
+            tensor
+            for tensor in self._model.state_dict().values()
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel()
+        ]
+        if not tensors:
+            return True
+        # The largest magnitude is NaN or infinite as soon as one element is: one pass, one synchronisation.
+        largest = torch._foreach_norm(tensors, float("inf"))
+        return bool(torch.isfinite(torch.stack([norm.float() for norm in largest])).all())
 
     def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """Put a captured state back.

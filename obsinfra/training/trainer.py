@@ -243,7 +243,7 @@ class Trainer:
         self.schedule.validated(values[metric])
         if self.best.update(values[metric]):
             run.monitor.instruments.set(catalog.BEST_METRIC, values[metric])
-            run.checkpoint("best", reason=f"best {metric}: {values[metric]:.6g}")
+            run.checkpoint("best", reason=f"best {metric}: {values[metric]:.6g}", wait=False)
 
     def fresh_batches(self, model: nn.Module) -> MicroBatches:
         """The training data from its beginning, for `model`."""

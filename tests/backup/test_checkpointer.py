@@ -456,6 +456,7 @@ def test_a_forked_worker_holds_nothing(tmp_path: Path, leaving: bool) -> None:
     assert steps == ([] if leaving else [1])
 
 
+@pytest.mark.slow
 def test_forks_while_writers_start_and_end_leak_nothing(tmp_path: Path) -> None:
     """The window in which a descriptor exists that the child would not know of."""
     stop = threading.Event()
@@ -493,6 +494,7 @@ def test_forks_while_writers_start_and_end_leak_nothing(tmp_path: Path) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_300_saves(watched: Watched) -> None:
     """Host memory grew with every `async_save`: PyTorch issue 170163."""
     state = {f"w{i}": torch.randn(2**18) for i in range(4)}

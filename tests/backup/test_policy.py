@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from events import captured_events
 from faulty_files import QuickFiles, WatchedFiles
 from hypothesis import given
 from hypothesis import strategies as st
 from same import same, small_state
-from structlog.testing import capture_logs
 
 from obsinfra.backup import store as store_module
 from obsinfra.backup import tags
@@ -152,7 +152,7 @@ def test_while_a_tag_cannot_be_read_nothing_is_removed(tmp_path: Path) -> None:
     file = tmp_path / "tags" / "good"
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b"01-", b"02-"))
-    with capture_logs() as logs:
+    with captured_events() as logs:
         assert backup.prune() == []
     assert [log["event"] for log in logs] == ["prune_held_back"]
     file.write_bytes(whole)
@@ -268,7 +268,7 @@ def test_short_of_space_it_prunes_by_policy_and_then_saves(
     for step in range(1, 5):
         save(backup, step)
     _free_depends_on(backup, monkeypatch, room=4)
-    with capture_logs() as logs:
+    with captured_events() as logs:
         save(backup, 5)
     (event,) = [log for log in logs if log["event"] == "checkpoint_space_short"]
     assert len(event["pruned"]) == 2 and event["needed_bytes"] == small_bytes()
@@ -282,7 +282,7 @@ def test_short_of_space_with_nothing_to_prune_it_refuses_and_says_so(
     for step in (1, 2):
         save(backup, step)
     _free_depends_on(backup, monkeypatch, room=2)
-    with capture_logs() as logs, pytest.raises(CheckpointError, match="MB free"):
+    with captured_events() as logs, pytest.raises(CheckpointError, match="MB free"):
         save(backup, 3)
     assert [log["event"] for log in logs] == ["checkpoint_space_short"]
     assert steps(backup) == [1, 2]

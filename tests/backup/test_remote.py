@@ -12,10 +12,10 @@ from typing import Any
 
 import fsspec
 import pytest
+from events import captured_events
 from faulty_files import QuickFiles, tree
 from fsspec.implementations.memory import MemoryFileSystem
 from same import same, small_state
-from structlog.testing import capture_logs
 from waiting import wait_for
 
 from obsinfra.backup.backup_system import BackupSystem, create_backup_system
@@ -139,7 +139,7 @@ def test_damage_there_is_seen_and_an_older_one_is_fetched(
     alone = newest.chunks() - middle.chunks()
     damage(url, min(alone))
     damage(url, middle.path.name)
-    with capture_logs() as logs:
+    with captured_events() as logs:
         path = fetch(url, tmp_path / "empty")
     assert [log["event"] for log in logs] == ["damaged_checkpoint_skipped"] * 2
     found = create_backup_system(tmp_path / "empty")
@@ -292,7 +292,7 @@ def test_a_mirror_copies_what_was_there_and_what_comes(backup: BackupSystem, url
 def test_a_mirror_outlasts_an_outage_and_says_so_once(backup: BackupSystem, breaking: str) -> None:
     BreakingFiles.fails = staticmethod(lambda number: True)
     statuses: list[MirrorStatus] = []
-    with capture_logs() as logs, mirroring(backup.store, breaking, on_status=statuses.append) as mirror:
+    with captured_events() as logs, mirroring(backup.store, breaking, on_status=statuses.append) as mirror:
         mirror.enqueue(save(backup, 1))
         wait_for(lambda: mirror.status().failing >= 3, "it tries again and again")
         during = mirror.status()

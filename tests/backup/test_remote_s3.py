@@ -77,6 +77,7 @@ def test_a_missing_bucket_and_a_missing_prefix(server: S3Server, url: str, tmp_p
         push(store.store, Remote("s3://no-such-bucket/x", server.options))
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_an_upload(
     backup: BackupSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

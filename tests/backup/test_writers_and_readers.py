@@ -123,6 +123,7 @@ def test_a_child_forked_during_a_save_does_not_keep_the_store_locked(tmp_path: P
         os.waitpid(pid, 0)
 
 
+@pytest.mark.slow
 def test_processes_save_and_prune_the_same_store(tmp_path: Path) -> None:
     """States share chunks, so that one's prune would remove what the other is about to name."""
     root = tmp_path / "store"

@@ -78,7 +78,8 @@ def test_sigterm_stops_every_child_and_the_supervisor(start: Start, tmp_path: Pa
     state = start(WAIT, WAIT)
     os.kill(state.supervisor.pid, signal.SIGTERM)
     wait_for(lambda: processes_naming(tmp_path) == [], "supervisor and children ended")
-    assert not any(process.alive() for process in state.processes().values())
+    # A process that is ending has no command line any more, a moment before it is gone.
+    wait_for(lambda: not any(process.alive() for process in state.processes().values()), "all are gone")
 
 
 def test_a_child_that_ignores_sigterm_is_killed(start: Start, tmp_path: Path) -> None:

@@ -54,13 +54,18 @@ class TestWithTheRealStack:
         assert result.tensors > 20
         assert result.final_step > result.killed_step >= result.saved_step > EXPLODE_AT
 
-    def test_the_resumed_run_began_at_the_emergency_checkpoint(self, result: DrillResult) -> None:
-        assert f"resumed from the checkpoint of step {result.saved_step}" in result.timeline[-1].what
+    def test_the_resumed_run_lost_nothing_that_was_saved(self, result: DrillResult) -> None:
+        """It begins at the emergency checkpoint, or at a newer snapshot that outlived the trainer."""
+        assert result.killed_step >= result.resumed_step >= result.saved_step
+        assert f"resumed from the checkpoint of step {result.resumed_step}" in result.timeline[-1].what
 
     def test_everything_happened_in_order(self, result: DrillResult) -> None:
         moments = [moment.at for moment in result.timeline]
         assert moments == sorted(moments)
-        assert len(moments) == 7
+        assert len(moments) in (
+            7,
+            8,
+        )  # the writer's own commit after the kill, where there was a newer snapshot
 
     def test_the_alert_was_raised_by_prometheus_itself(self, stack: StackInfo, result: DrillResult) -> None:
         query = f'max_over_time(ALERTS{{alertname="{ALERT}", alertstate="firing", run="{result.run}"}}[10m])'
@@ -78,8 +83,9 @@ class TestWithTheRealStack:
     def test_the_evaluator_in_the_trainer_left_it_to_the_sidecar(
         self, runs: Path, result: DrillResult
     ) -> None:
-        [manifest] = [m for m in _checkpoints(runs, result) if m.kind == "emergency"]
-        assert manifest.reason is not None and manifest.reason.startswith(f"sidecar: alert {ALERT}")
+        reasons = [m.reason or "" for m in _checkpoints(runs, result) if m.kind == "emergency"]
+        assert [why for why in reasons if why.startswith(f"sidecar: alert {ALERT}")] == reasons[:1]
+        assert not any("in-process" in why for why in reasons)
         acks = list((runs / result.run / "control" / "acks").iterdir())
         assert [path.name[:3] for path in acks] == ["am-"]
 
@@ -109,7 +115,7 @@ class TestWithTheRealStack:
 def test_without_a_stack_the_trainer_closes_the_loop_itself(tmp_path: Path) -> None:
     result = Drill(tmp_path, None, print).run()
     assert result.differing == ()
-    [manifest] = [m for m in _checkpoints(tmp_path, result) if m.kind == "emergency"]
+    [manifest, *_] = [m for m in _checkpoints(tmp_path, result) if m.kind == "emergency"]
     assert manifest.reason == f"in-process: alert {ALERT}"
     print(f"crossing → committed: {result.crossing_to_committed_seconds:.3f} s", file=sys.stderr)
 

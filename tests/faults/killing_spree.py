@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import mmap
 import multiprocessing
 import os
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import structlog
 import torch
 from torch import nn
 
@@ -106,7 +104,6 @@ class Progress:
 def train(root: Path, progress_path: Path) -> None:
     """Resume from the newest checkpoint and train until killed."""
     torch.set_num_threads(1)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     progress = Progress(progress_path)
     training = Training()
     if root.is_dir():

@@ -8,6 +8,7 @@ import pytest
 from killing_spree import Spree, Victim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["trainer", "writer", "both"])
 def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path, victim: Victim) -> None:
     spree = Spree(tmp_path, seed=1)

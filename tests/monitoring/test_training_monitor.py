@@ -137,6 +137,7 @@ FED_ELSEWHERE = {
     catalog.LOSS_SCALE: "the trainer, with a gradient scaler",
     catalog.BEST_METRIC: "the trainer, which knows what is better",
     catalog.SNAPSHOT_SECONDS: "whoever takes snapshots",
+    catalog.CHECKPOINT_WRITER_RESTARTS: "whoever has a writer process",
     catalog.CONTROL_GARBAGE: "the control channel",
 }
 """What a monitor alone has no source for; its instruments carry it when those report it."""
@@ -187,6 +188,7 @@ def test_what_others_report_is_on_the_scrape_too() -> None:
         monitor.instruments.set(catalog.BEST_METRIC, 0.25)
         monitor.instruments.observe(catalog.SNAPSHOT_SECONDS, 0.25)
         monitor.instruments.add(catalog.CONTROL_GARBAGE, door="inbox")
+        monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS)
         families = {family.name for family in parse_text(scrape(monitor))}
     assert families >= {metric.name for metric in FED_ELSEWHERE}
 

@@ -292,8 +292,8 @@ def test_regular_checkpoints_are_not_made_of_a_spoiled_state(tmp_path: Path) -> 
     with observe(loop.model, loop.optimizer, output_dir=tmp_path, keep_checkpoints=9, **options) as run:
         for batch in run.steps(loop.loader):
             loop.step(run, batch * (float("nan") if run.step == 2 else 1.0))
-        assert run.keeper.backup is not None
-        assert [manifest.step for manifest in run.keeper.backup.list()] == [1, 2]
+    assert run.keeper.backup is not None
+    assert [manifest.step for manifest in run.keeper.backup.list()] == [1, 2]
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -433,6 +433,7 @@ def test_a_child_of_the_loop_can_be_terminated_and_a_loader_worker_goes_on(tmp_p
         assert seen == 300
 
 
+@pytest.mark.slow
 def test_an_uncaught_error_and_the_end_of_the_program_are_recorded(tmp_path: Path) -> None:
     """Without a with statement: by sys.excepthook, and by atexit."""
     program = (

@@ -189,6 +189,7 @@ def damage(run: Training, chunks: set[str]) -> None:
             path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_what_the_machine_lacks_is_said_before_training(tmp_path: Path) -> None:
     """Few open files: training may fail later, so it is no error yet, and the fix is named."""
     train = [sys.executable, "-m", "obsinfra.cli.main", "train", "--model-name=digits", "--max-steps=1"]

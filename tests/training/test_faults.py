@@ -25,6 +25,7 @@ def failure(run: Training) -> dict[str, Any]:
     return event
 
 
+@pytest.mark.slow
 def test_a_nan_loss_ends_the_run_with_one_line_and_finite_parameters_from_before(tmp_path: Path) -> None:
     run = digits(tmp_path, "--snapshot-seconds=0.000001")
     ended = run.run("--inject=nan@20")
@@ -59,6 +60,7 @@ def test_nonfinite_steps_may_be_passed_over(tmp_path: Path) -> None:
     assert all(math.isfinite(float.fromhex(loss)) for loss in run.losses())
 
 
+@pytest.mark.slow
 def test_an_exception_is_saved_recorded_and_shown_once(tmp_path: Path) -> None:
     run = digits(tmp_path, "--inject=error@20", "--snapshot-seconds=0.000001")
     ended = run.run()

@@ -206,6 +206,7 @@ def test_nothing_half_made_is_left_behind(sources: Path, cache: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"train.bin", "held_out.bin", "corpus.json"}
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_share_one_corpus(sources: Path) -> None:
     """As the ranks of a run do; none takes the folder away from another. Repeated, since it is a race."""
     code = (
