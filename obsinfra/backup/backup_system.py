@@ -90,7 +90,7 @@ def create_backup_system(
     *,
     keep_last: int = 3,
     keep_best: int = 1,
-    keep_emergency: int | None = 5,
+    keep_emergency: int | None = None,
     keep_every: int | None = None,
     best_metric: str | None = None,
     best_mode: Literal["min", "max"] = "min",
@@ -101,7 +101,7 @@ def create_backup_system(
 
     Args:
         keep_last, keep_best, keep_emergency, keep_every, best_metric, best_mode: what `prune` keeps, as in
-            `Retention`.
+            `Retention`: emergencies stay until somebody confirms them, unless the disk is full.
         run: run id written into manifests.
         files: how writes reach the disk; for fault injection.
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from obsinfra.backup.backup_system import Kind, SavedCheckpoint
+from obsinfra.backup.heir import HEIR_LOCK
+from obsinfra.backup.heir import wait_for_heir as wait_for_heir  # for those who only know this module
 from obsinfra.backup.retention import Retention, prune
 from obsinfra.backup.shared_snapshot import SharedSnapshots
 from obsinfra.backup.slot import SlotReader, SnapshotHead
@@ -37,9 +39,6 @@ EventSink = Callable[[str, Mapping[str, Any]], None]
 """Gets an event's name and its facts: `writer_started`, `writer_died`, `writer_unavailable`,
 `committing_in_trainer`, `committed`, `commit_failed`, `pruned`, `prune_failed`."""
 
-HEIR_LOCK = ".heir"
-"""In the checkpoint folder; locked, shared, by every trainer and writer that may still commit there."""
-
 ATTEMPTS = 3
 """Writers that may die over one commit before the trainer commits it by itself."""
 
@@ -47,7 +46,6 @@ _LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to have a writer, when one after the other dies; a commit does not wait for it."""
 
 _STDERR_BYTES = 4096
-_POLL_SECONDS = 0.02
 
 _spawning = threading.Lock()
 """Held while descriptors are made or given back that a forked child must know to close."""
@@ -88,35 +86,6 @@ def create_checkpointer(
         nice=nice,
         threads=threads,
     )
-
-
-def wait_for_heir(directory: Path | str, timeout: float) -> bool:
-    """Wait until nobody is left who may still commit to `directory`: a trainer, or the writer it left behind.
-
-    Call it before looking for the newest checkpoint to resume from.
-
-    Args:
-        timeout: seconds.
-
-    Returns:
-        False when somebody still may.
-    """
-    try:
-        fd = os.open(Path(directory) / HEIR_LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    deadline = time.monotonic() + timeout
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    return False
-            time.sleep(_POLL_SECONDS)
-    finally:
-        os.close(fd)
 
 
 class PendingCommit:

@@ -1,11 +1,13 @@
 """Copies of a store at any fsspec URL (`s3://`, `file://`, `memory://`): push, pull, fetch, and a mirror.
 
-A copy is laid out as the store is, and its manifests are uploaded last. Knows no tensors and no torch.
+A copy is laid out as the store is, and its manifests are uploaded last. It lies at the URL itself, as `push`
+leaves it, or below it under a run's name, as the trainer's mirror does. Knows no tensors and no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import random
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -35,6 +38,12 @@ BATCH = 4
 
 _MANIFEST = re.compile(r"\d{12,}-[a-z]+-[0-9a-f]+\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{2,254}")
+_UNFIT = {
+    "http": "cannot be written to",
+    "https": "cannot be written to",
+    "memory": "ends with its process",
+}
 _log = get_logger("system")
 
 
@@ -61,8 +70,9 @@ class MirrorStatus:
     """How a mirror stands; for metrics and alerts.
 
     Attributes:
-        pending: checkpoints waiting to be copied.
-        lag_seconds: how long the longest of them has been waiting; 0 when there is none.
+        pending: checkpoints here that wait to be copied.
+        lag_seconds: how long the oldest that was not copied has been waiting, also when it was pruned here
+            since; 0 when all is there.
         failures: attempts that failed since it was started.
         failing: attempts that failed since the last success; 0 when all is well.
         copied: checkpoints copied since it was started.
@@ -103,13 +113,47 @@ class Remote:
         try:
             self._files, root = url_to_fs(self.url, **given)
         except ImportError as error:
-            fix = "pip install 'obsinfra[s3]'" if protocol == "s3" else f"install what fsspec needs: {error}"
-            raise RemoteError(f"{protocol}:// cannot be used here", "its package installed", fix) from error
+            raise _package_missing(protocol, error) from error
         except ValueError as error:
             raise RemoteError(
                 f"URL {url!r}: {error}", "one that fsspec knows, e.g. s3://bucket/prefix"
             ) from error
         self._root = str(root).rstrip("/")
+
+    def below(self, name: str) -> Remote:
+        """The remote `<url>/<name>`."""
+        found = copy.copy(self)
+        found.url, found._root = f"{self.url}/{name}", f"{self._root}/{name}"
+        return found
+
+    def of_one_run(self, run: str | None = None) -> Remote:
+        """Where the checkpoints are: here, or in a folder below that is a run's.
+
+        Args:
+            run: the folder to take if there are several.
+
+        Raises:
+            RemoteError: there are several, and none of that name.
+        """
+        if self.manifests():
+            return self
+        with self._reaching():
+            try:
+                found = self._files.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return self
+        paths = [str(info["name"]).rstrip("/") for info in found if info["type"] == "directory"]
+        runs = sorted({path.rpartition("/")[2] for path in paths} - {"objects", "manifests"})
+        if run in runs:
+            return self.below(str(run))
+        if len(runs) > 1:
+            more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+            raise RemoteError(
+                f"{self.url} holds several runs: {', '.join(runs[:5])}{more}",
+                "the URL of one",
+                f"name one, e.g. {self.url}/{runs[-1]}",
+            )
+        return self.below(runs[0]) if runs else self
 
     def manifests(self) -> dict[str, int]:
         """File names of the manifests there, and their sizes; oldest step first."""
@@ -263,6 +307,7 @@ def pull(
     Others may write to the store meanwhile.
 
     Args:
+        url: of the copy, or of a folder that has but one run's (see `Remote.of_one_run`).
         checkpoint: an id, a full name or `latest`; None copies all, oldest first.
         progress: called after each batch of chunks.
 
@@ -271,7 +316,7 @@ def pull(
         CheckpointError: a checkpoint there is damaged.
         OSError: the disk failed.
     """
-    remote = url if isinstance(url, Remote) else Remote(url)
+    remote = (url if isinstance(url, Remote) else Remote(url)).of_one_run()
     names = list(remote.manifests())
     if checkpoint is not None:
         names = [_choose(remote, names, checkpoint)]
@@ -290,13 +335,20 @@ def pull(
 
 
 def fetch(
-    url: str, folder: Path, *, options: Mapping[str, Any] | None = None, progress: Progress | None = None
+    url: str,
+    folder: Path,
+    *,
+    run: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Bring the newest sound resumable checkpoint of a remote into the store `folder`, to resume from it.
 
     Args:
-        url: a remote; or one manifest in it (`…/manifests/<name>.json`), and then that very checkpoint.
+        url: of the copy, or of a folder of runs' copies; or one manifest (`…/manifests/<name>.json`), and
+            then that very checkpoint.
         folder: of the store; made when it is not there.
+        run: whose copy, where `url` has several.
         options: as for `Remote`.
         progress: called after each batch of chunks.
 
@@ -311,6 +363,8 @@ def fetch(
     head, _, last = url.rpartition("/")
     named = last if _MANIFEST.fullmatch(last) and head.endswith("/manifests") else None
     remote = Remote(head.removesuffix("/manifests") if named else url, options)
+    if named is None:
+        remote = remote.of_one_run(run)
     store = CheckpointStore(folder)
     problems: list[str] = []
     names = [named] if named else list(reversed(remote.manifests()))
@@ -368,7 +422,7 @@ class Mirror:
         self._options = options
         self._on_status = on_status
         self._waits = (first_wait_seconds, longest_wait_seconds)
-        self._outbox = store.root / "outbox" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self._outbox = outbox_of(store, url)
         self._state = MirrorStatus(url)
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -394,9 +448,11 @@ class Mirror:
     def status(self) -> MirrorStatus:
         """How it stands now; any thread."""
         with self._lock:
-            oldest = min(self._pending.values(), default=None)
-            lag = 0.0 if oldest is None else max(0.0, time.time() - oldest)
-            return replace(self._state, pending=len(self._pending), lag_seconds=lag)
+            waiting, state = dict(self._pending), self._state
+        oldest = min(waiting.values(), default=None)
+        lag = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+        here = sum((self._store.manifests / name).exists() for name in waiting)
+        return replace(state, pending=here, lag_seconds=lag)
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until nothing is pending; False when that did not come about in time."""
@@ -426,7 +482,10 @@ class Mirror:
             try:
                 self._note()
                 if remote is None:
-                    remote = Remote(self._state.url, self._options)
+                    reached = Remote(self._state.url, self._options)
+                    reached.manifests()  # so that one that is down is known before the first checkpoint
+                    self._recovered()
+                    remote = reached
                 self._copy(remote)
             except Exception as error:  # whatever it is, training goes on and so does the mirror
                 self._failed(error)
@@ -451,13 +510,17 @@ class Mirror:
         for path in self._store.manifest_paths():
             found.setdefault(path.name, time.time())
         with self._lock:
-            self._pending = {**found, **self._pending}
+            for name, moment in found.items():
+                self._pending[name] = min(moment, self._pending.get(name, moment))
 
     def _note(self) -> None:
         """Write what is pending into the outbox."""
         with self._lock:
             pending = dict(self._pending)
-        self._outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not pending:
+            return
+        for folder in (self._outbox.parent, self._outbox):  # not the store's own: who removed it meant it
+            folder.mkdir(mode=0o700, exist_ok=True)
         for name, moment in pending.items():
             if not (self._outbox / name).exists():
                 write_atomic(self._outbox / name, json.dumps({"queued_at": moment}))
@@ -470,8 +533,15 @@ class Mirror:
             if name is None:
                 return
             path = self._store.manifests / name
+            before = self._state.copied_bytes
             try:
-                done = push(self._store, remote, path, stopping=self._stopping.is_set)
+                done = push(
+                    self._store,
+                    remote,
+                    path,
+                    progress=lambda sent, _, before=before: self._sent(before + sent),  # type: ignore[misc]
+                    stopping=self._stopping.is_set,
+                )
             except RemoteError:
                 raise
             except CheckpointError as error:
@@ -486,6 +556,15 @@ class Mirror:
                 return
             self._settle(name, done)
 
+    def _sent(self, copied_bytes: int) -> None:
+        with self._lock:
+            self._state = replace(self._state, copied_bytes=copied_bytes)
+        self._report()
+
+    def _recovered(self) -> None:
+        with self._lock:
+            self._state = replace(self._state, failing=0, error=None)
+
     def _settle(self, name: str, done: Transfer | None) -> None:
         (self._outbox / name).unlink(missing_ok=True)
         fsync_folder(self._outbox)
@@ -495,7 +574,6 @@ class Mirror:
                 self._state = replace(
                     self._state,
                     copied=self._state.copied + len(done.checkpoints),
-                    copied_bytes=self._state.copied_bytes + done.bytes,
                     failing=0,
                     error=None,
                 )
@@ -524,6 +602,56 @@ class Mirror:
             task()
         except Exception as error:  # an unreadable outbox: go on with what comes
             self._failed(error)
+
+
+def outbox_of(store: CheckpointStore, url: str) -> Path:
+    """Where a mirror of `store` to `url` notes what waits to be copied."""
+    return store.root / "outbox" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def check_url(url: str) -> None:
+    """Whether a mirror can be kept at `url`; nothing is asked of it.
+
+    Raises:
+        RemoteError: it is malformed, holds credentials, is of a kind that cannot be used, or a package is
+            missing. The message never shows what may be a secret.
+    """
+    protocol, mark, rest = url.partition("://")
+    form = "s3://bucket/folder, file:///folder, or another URL that fsspec knows"
+    if not mark or not protocol or not url.isprintable():
+        shown = repr(url) if "@" not in url else "text with an '@' (not shown)"
+        raise RemoteError(f"checkpoint_remote {shown} is no URL", form)
+    try:
+        parts = urlsplit(url)
+        secret = "@" in parts.netloc or "?" in rest or "#" in rest
+    except ValueError as error:
+        raise RemoteError(f"checkpoint_remote: a malformed {protocol}:// URL: {error}", form) from error
+    if secret:
+        raise RemoteError(
+            f"checkpoint_remote: the {protocol}:// URL holds a user, password, query or fragment (not shown)",
+            form,
+            "give credentials in the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
+    if protocol in _UNFIT:
+        raise RemoteError(f"checkpoint_remote {url!r}: {protocol}:// {_UNFIT[protocol]}", form)
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise _package_missing(protocol, error) from error
+    except ValueError as error:
+        raise RemoteError(f"checkpoint_remote {url!r}: {error}", form) from error
+    local = protocol in ("file", "local")
+    if local and not (parts.netloc == "" and parts.path.strip("/")):
+        raise RemoteError(f"checkpoint_remote {url!r} names no folder", "file:///an/absolute/folder")
+    if protocol in ("s3", "s3a") and not _BUCKET.fullmatch(parts.netloc):
+        raise RemoteError(f"checkpoint_remote {url!r} names no bucket", "s3://bucket/folder")
+    if not local and not rest.strip("/"):
+        raise RemoteError(f"checkpoint_remote {url!r} names no place", form)
+
+
+def _package_missing(protocol: str, error: ImportError) -> RemoteError:
+    fix = "pip install 'obsinfra[s3]'" if protocol in ("s3", "s3a") else f"install what fsspec needs: {error}"
+    return RemoteError(f"{protocol}:// cannot be used here", "its package installed", fix)
 
 
 def is_url(text: str) -> bool:

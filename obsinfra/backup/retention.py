@@ -9,7 +9,7 @@ import contextlib
 import errno
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -35,7 +35,8 @@ class Retention:
         keep_best: `best` ones, the newest; with `best_metric` also so many of any kind with its best values.
         best_metric: name of a metric in the manifests.
         best_mode: whether less of it is better.
-        keep_emergency: emergencies nobody has confirmed, the newest; None keeps all until confirmed.
+        keep_emergency: emergencies nobody has confirmed, the newest; None keeps all until confirmed. Only
+            `with_room` takes older ones against this, when the disk is full and nothing else is left to go.
 
     Raises:
         ValueError: a count is less than one, or the mode unknown.
@@ -46,7 +47,7 @@ class Retention:
     keep_best: int = 1
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
-    keep_emergency: int | None = 5
+    keep_emergency: int | None = None
 
     def __post_init__(self) -> None:
         counts = {"regular": self.keep_last, "best": self.keep_best, "emergency": self.keep_emergency}
@@ -134,9 +135,10 @@ def prune_inside(store: CheckpointStore, policy: Retention, last_saved: Path | N
 def doomed(store: CheckpointStore, policy: Retention, last_saved: Path | None = None) -> list[Manifest]:
     """What `prune` would remove, oldest first; nothing is removed.
 
-    Always stay: the newest sound resumable checkpoint whatever its kind, the one committed last whatever its
-    step (training may have been rewound), tagged ones, and damaged manifests, for a person to look at. While
-    a tag cannot be read, everything stays, since nobody knows what it keeps.
+    Always stay: the newest sound resumable checkpoint whatever its kind and the newest sound one of
+    `torch.distributed.checkpoint`, the one committed last whatever its step (training may have been rewound),
+    tagged ones, and damaged manifests, for a person to look at. While a tag cannot be read, everything stays,
+    since nobody knows what it keeps.
     """
     manifests = tags.readable(store)
     try:
@@ -148,25 +150,36 @@ def doomed(store: CheckpointStore, policy: Retention, last_saved: Path | None = 
     keep |= {last_saved} if last_saved is not None else set()
     keep |= {path} if (path := _committed_last(manifests)) is not None else set()
     going = [manifest for manifest in manifests if manifest.path not in keep]
-    if going and (sound := newest_sound(store, manifests, last_saved)) is not None:
-        going = [manifest for manifest in going if manifest.path != sound.path]
+    for usable in (_resumable, _distributed):
+        if any(usable(manifest) for manifest in going):  # else none of them can be the one that must stay
+            sound = newest_sound(store, [m for m in manifests if usable(m)], last_saved)
+            going = [manifest for manifest in going if sound is None or manifest.path != sound.path]
     return going
+
+
+def _resumable(manifest: Manifest) -> bool:
+    """Whether `BackupSystem.load` takes it without being asked for it by name."""
+    return bool(manifest.attributes.get("resumable", True))
+
+
+def _distributed(manifest: Manifest) -> bool:
+    """Whether `dcp.load` does."""
+    return manifest.distributed
 
 
 def newest_sound(
     store: CheckpointStore, manifests: Sequence[Manifest], last_saved: Path | None = None
 ) -> Manifest | None:
-    """The newest of `manifests` (oldest first) that is resumable and whose chunks are all sound.
+    """The newest of `manifests` (oldest first) whose chunks are all sound.
 
     Args:
         last_saved: as for `prune`.
     """
     for manifest in reversed(manifests):
-        if manifest.attributes.get("resumable", True):
-            with contextlib.suppress(CheckpointError):
-                # What this very process wrote and hashed is not read again: it would cost its size.
-                store.verify(manifest, only_touched=manifest.path == last_saved)
-                return manifest
+        with contextlib.suppress(CheckpointError):
+            # What this very process wrote and hashed is not read again: it would cost its size.
+            store.verify(manifest, only_touched=manifest.path == last_saved)
+            return manifest
     return None
 
 
@@ -177,7 +190,11 @@ def with_room(
     commit: Callable[[], T],
     last_saved: Path | None = None,
 ) -> T:
-    """Commit; where space is short, prune by policy and try once more. Inside `store.writing()`.
+    """Commit; where space is short, make room and try again. Inside `store.writing()`.
+
+    First goes what the policy does not keep. If that is not enough, unconfirmed emergencies are given up in
+    spite of `keep_emergency`, one by one and the oldest first, as the very last resort: only if they are
+    large enough to help, and never the newest of them nor anything that `doomed` keeps in any case.
 
     Args:
         needed: bytes it takes at most.
@@ -188,26 +205,72 @@ def with_room(
         CheckpointError: too little space even then.
         OSError: the disk failed, or is full even then.
     """
-    try:
+
+    def attempt() -> T:
         store.check_space(needed)
         return commit()
+
+    try:
+        return attempt()
     except (CheckpointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
-            raise
-        if isinstance(error, CheckpointError) and _fits(store, needed):
-            raise  # about something else
-        removed = prune_inside(store, policy, last_saved)
-        _log.warning(
-            "checkpoint_space_short",
-            store=str(store.root),
-            needed_bytes=needed,
-            problem=str(error),
-            pruned=[path.stem for path in removed],
-        )
-        if not removed:
-            raise
-    store.check_space(needed)
-    return commit()
+        problem = _no_room(store, needed, error)
+    removed = prune_inside(store, policy, last_saved)
+    _log.warning(
+        "checkpoint_space_short",
+        store=str(store.root),
+        needed_bytes=needed,
+        problem=str(problem),
+        pruned=[path.stem for path in removed],
+    )
+    if removed:
+        try:
+            return attempt()
+        except (CheckpointError, OSError) as error:
+            problem = _no_room(store, needed, error)
+    for victim in _last_resort(store, policy, needed, problem, last_saved):
+        store.remove(victim.path)
+        store.collect()
+        tags.forget_confirmations(store)
+        _log.warning("unconfirmed_emergency_given_up", store=str(store.root), checkpoint=victim.path.stem)
+        try:
+            return attempt()
+        except (CheckpointError, OSError) as error:
+            problem = _no_room(store, needed, error)
+    raise problem
+
+
+def _no_room(store: CheckpointStore, needed: int, error: CheckpointError | OSError) -> Exception:
+    """The error, if it says that there is too little space; else it is raised."""
+    if isinstance(error, OSError):
+        if error.errno in _NO_ROOM:
+            return error
+    elif not _fits(store, needed):
+        return error
+    raise error
+
+
+def _last_resort(
+    store: CheckpointStore, policy: Retention, needed: int, problem: Exception, last_saved: Path | None
+) -> list[Manifest]:
+    """Unconfirmed emergencies that may go so that others can be saved, oldest first; none if all are too few.
+
+    A quota shows in no figure of free space: with one, they must free as much as is needed.
+    """
+    spared = {manifest.path for manifest in tags.readable(store)}
+    spared -= {manifest.path for manifest in doomed(store, replace(policy, keep_emergency=1), last_saved)}
+    victims = [found for found in tags.readable(store) if found.path not in spared]
+    victims = [found for found in victims if found.kind == "emergency"]
+    going = {digest for victim in victims for digest in victim.chunks()}
+    for manifest in tags.readable(store):
+        if manifest.path in spared:
+            going -= manifest.chunks()
+    freed = 0
+    for digest in going:
+        with contextlib.suppress(OSError):
+            freed += store.objects.path(digest).stat().st_size
+    if isinstance(problem, CheckpointError):
+        return victims if _fits(store, needed - freed) else []
+    return victims if freed >= needed else []
 
 
 def _fits(store: CheckpointStore, needed: int) -> bool:

@@ -182,7 +182,26 @@ CHECKPOINT_DURATION_SECONDS = _histogram(
 CHECKPOINT_AGE_SECONDS = _gauge(
     "checkpoint_age_seconds", "Seconds since the last commit, or since the start."
 )
+CHECKPOINT_PROMISE_SECONDS = _gauge(
+    "checkpoint_promise_seconds",
+    "Longest age of the last commit that the settings promise; absent where they promise none.",
+)
 CHECKPOINT_STEP = _gauge("checkpoint_step", "Step of the last committed checkpoint.")
+CHECKPOINT_REMOTE_PENDING = _gauge(
+    "checkpoint_remote_pending", "Checkpoints that wait to be copied to the remote; absent without one."
+)
+CHECKPOINT_REMOTE_LAG_SECONDS = _gauge(
+    "checkpoint_remote_lag_seconds",
+    "How long the oldest checkpoint that was not copied to the remote has been waiting; 0 when all are "
+    "there, absent without one.",
+)
+CHECKPOINT_REMOTE_FAILURES = _counter(
+    "checkpoint_remote_failures", "Attempts to copy to the remote that failed."
+)
+CHECKPOINT_REMOTE_COPIED_BYTES = _counter("checkpoint_remote_copied_bytes", "Bytes copied to the remote.")
+CHECKPOINT_REMOTE_RESTARTS = _counter(
+    "checkpoint_remote_restarts", "Mirror processes that died and were replaced."
+)
 SNAPSHOT_SECONDS = _histogram(
     "snapshot_seconds", "Time the loop waited for a host snapshot.", LATENCY_BUCKETS
 )

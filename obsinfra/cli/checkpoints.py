@@ -265,7 +265,7 @@ def prune(
     best_mode: Annotated[str, typer.Option(help="min or max: which is better.")] = "min",
     keep_emergency: Annotated[
         int, typer.Option(min=0, help="Unconfirmed emergency ones kept; 0: all until confirmed.")
-    ] = 5,
+    ] = 0,
 ) -> None:
     """Remove checkpoints that no rule keeps.
 
@@ -372,7 +372,7 @@ def import_checkpoint(
 
 
 def push(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where to, e.g. s3://bucket/prefix.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where to, e.g. s3://bucket/folder/run.")],
     run: OfRun = "latest",
     output_dir: OutputDir = Path("runs"),
     checkpoint: Annotated[Optional[str], typer.Option(help="Only this one.")] = None,  # noqa: UP045
@@ -386,7 +386,7 @@ def push(
 
 
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where from, e.g. s3://bucket/prefix.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where from, e.g. s3://bucket/folder/run.")],
     target: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time
         typer.Argument(metavar="FOLDER", help="A folder of checkpoints, made if needed; default: --run's."),

@@ -135,6 +135,12 @@ class Settings(BaseModel):
     checkpoint_min_seconds: float = _setting(
         10.0, "At least this long between regular checkpoints at epoch ends.", group="Checkpoints", ge=0
     )
+    checkpoint_remote: str | None = _setting(
+        None,
+        "Copy every checkpoint in the background to <this URL>/<run>, e.g. s3://bucket/folder.",
+        env="CHECKPOINT_REMOTE",
+        group="Checkpoints",
+    )
     keep_checkpoints: int = _setting(3, "Regular checkpoints kept.", group="Checkpoints", ge=1)
     snapshot_seconds: float = _setting(
         0.0,

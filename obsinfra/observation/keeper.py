@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+from obsinfra.backup.background_mirror import BackgroundMirror, CheckpointMirror, MirrorReport, NoMirror
 from obsinfra.backup.backup_system import BackupSystem
 from obsinfra.backup.checkpointer import Checkpointer, PendingCommit, create_checkpointer
 from obsinfra.catalog import metrics as catalog
@@ -102,7 +103,8 @@ class Keeper:
 
     Args:
         backup: the store; None (backups disabled) makes every call a no-op that returns None.
-        log_path: where the writer notes what it saved after the trainer was lost.
+        log_path: where the writer notes what it saved after the trainer was lost; the mirror notes beside it,
+            in `mirror.jsonl`, what it copied after the trainer's end.
 
     Attributes:
         due: `perf_counter` moment at which `keep_up` wants to be called next.
@@ -129,6 +131,8 @@ class Keeper:
         self._checkpointer: Checkpointer | None = None
         if backup is not None:
             monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS, 0)
+            if settings.checkpoint_seconds > 0:
+                monitor.instruments.set(catalog.CHECKPOINT_PROMISE_SECONDS, settings.checkpoint_seconds)
             self._checkpointer = create_checkpointer(
                 backup.store.root,
                 run=run,
@@ -136,12 +140,30 @@ class Keeper:
                 log_path=log_path,
                 retention=backup.policy,
             )
+        self._mirror = self._mirror_of(backup, run, log_path)
         self.last_commit_seconds = 0.0
         self._last_regular_at = perf_counter()
         interval = settings.checkpoint_seconds
         self._checkpoint_due = perf_counter() + interval if backup is not None and interval > 0 else math.inf
         self._snapshot_due = math.inf
         self.due = self._checkpoint_due
+
+    def _mirror_of(self, backup: BackupSystem | None, run: str, log_path: Path) -> CheckpointMirror:
+        if backup is None or self._settings.checkpoint_remote is None:
+            return NoMirror()
+        for counter in (
+            catalog.CHECKPOINT_REMOTE_FAILURES,
+            catalog.CHECKPOINT_REMOTE_COPIED_BYTES,
+            catalog.CHECKPOINT_REMOTE_RESTARTS,
+        ):
+            self._monitor.instruments.add(counter, 0)
+        return BackgroundMirror(
+            backup.store.root,
+            f"{self._settings.checkpoint_remote.rstrip('/')}/{run}",
+            on_report=self._on_mirror_report,
+            on_event=self._on_mirror_event,
+            log_path=log_path.with_name("mirror.jsonl"),
+        )
 
     def sound(self) -> bool:
         """Whether nothing speaks against the present state: last loss and gradient norm were finite."""
@@ -221,14 +243,19 @@ class Keeper:
         return saving.wait() if saving is not None else None
 
     def close(self, timeout: float) -> None:
-        """Wait for what is being committed, then end the writer; it goes on alone after `timeout` seconds."""
+        """Wait for what is being committed, then end the writer; it goes on alone after `timeout` seconds.
+
+        The mirror is not waited for: its process goes on until all is copied, for a bounded time.
+        """
         if self._checkpointer is not None and not self._checkpointer.close(timeout):
             self._errors.error("checkpoints_not_finished", seconds=timeout)
+        self._mirror.close()
 
     # ---- inside ------------------------------------------------------------------------------------
 
     def _take(self, epoch: int, *, urgent: bool, wait: float) -> bool:
         assert self._checkpointer is not None
+        self._mirror.start()
         with self._recorder.phase("checkpoint"):
             try:
                 taken = self._checkpointer.snapshot(
@@ -271,6 +298,7 @@ class Keeper:
             self._failed(pending.kind, str(error))
             return None
         self.last_commit_seconds = saved.duration_seconds
+        self._mirror.committed()
         self._monitor.checkpoint_committed(
             kind=saved.kind,
             step=saved.step,
@@ -300,6 +328,22 @@ class Keeper:
         if event == "writer_died":
             self._monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS)
         if event in ("writer_died", "writer_unavailable", "committing_in_trainer", "checkpointer_crashed"):
+            self._errors.error(event, **facts)
+
+    def _on_mirror_report(self, report: MirrorReport) -> None:
+        instruments = self._monitor.instruments
+        instruments.set(catalog.CHECKPOINT_REMOTE_PENDING, report.pending)
+        instruments.set(catalog.CHECKPOINT_REMOTE_LAG_SECONDS, report.lag_seconds)
+        instruments.add(catalog.CHECKPOINT_REMOTE_FAILURES, report.failures)
+        instruments.add(catalog.CHECKPOINT_REMOTE_COPIED_BYTES, report.copied_bytes)
+        instruments.add(catalog.CHECKPOINT_REMOTE_RESTARTS, report.restarts)
+
+    def _on_mirror_event(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event == "checkpoint_remote_recovered":
+            self._log.info(event, **facts)
+        elif event == "checkpoint_remote_failing":  # training is as well as before; the lag metric tells more
+            self._log.warning(event, **facts)
+        else:
             self._errors.error(event, **facts)
 
     def _metrics(self) -> dict[str, float]:

@@ -44,7 +44,7 @@ from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.observation.alert_duty import AlertDuty
 from obsinfra.observation.keeper import Committed, Keeper, Kind, Request
 from obsinfra.observation.position import DataPosition
-from obsinfra.observation.resume import ResumePlan, plan_run
+from obsinfra.observation.resume import ResumePlan, check_remote, plan_run
 from obsinfra.observation.signals import InterruptedWait, SignalDoor
 from obsinfra.observation.state import LoopState, unwrapped
 from obsinfra.observation.watchdog import Watchdog
@@ -157,6 +157,9 @@ class ObservedRun:
         device: str,
         precision: str,
     ) -> None:
+        check_remote(
+            settings
+        )  # again: a resumed run's own settings may name one that this machine cannot use
         self.settings = settings
         self.folder = plan.folder
         self.stop: StopRequest | None = None

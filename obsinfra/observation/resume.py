@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from obsinfra.backup.checkpointer import wait_for_heir
-from obsinfra.backup.remote import fetch, is_url
+from obsinfra.backup.heir import wait_for_heir
+from obsinfra.backup.remote import check_url, fetch, is_url
 from obsinfra.config.settings import Settings
 from obsinfra.errors import CheckpointError, ConfigError, ObsinfraError, RunBusyError
 from obsinfra.run.folder import LIVE_STATES, RunFolder, check_run_id, find_run, new_run_id, scan_runs
@@ -44,7 +44,9 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
         ConfigError: the run name is malformed, taken, or unknown.
         CheckpointError: there is nothing to resume from.
         RunBusyError: the run to resume is still running.
+        RemoteError: `settings.checkpoint_remote` can be none.
     """
+    check_remote(settings)
     resume = settings.resume
     if settings.run is not None:
         check_run_id(settings.run)
@@ -77,11 +79,21 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
     )
 
 
+def check_remote(settings: Settings) -> None:
+    """Whether checkpoints can be mirrored as the settings ask; the remote itself is not asked.
+
+    Raises:
+        RemoteError: `settings.checkpoint_remote` can be none.
+    """
+    if settings.checkpoint_remote is not None and not settings.disable_backups:
+        check_url(settings.checkpoint_remote)
+
+
 def _fetched(url: str, folder: RunFolder) -> ResumePlan:
     """A new run from a remote's newest sound checkpoint, brought into the run's own store first."""
     made = not folder.root.exists()
     try:
-        checkpoint = fetch(url, folder.checkpoints)
+        checkpoint = fetch(url, folder.checkpoints, run=folder.id)
     except (ObsinfraError, OSError) as error:
         if made:
             shutil.rmtree(folder.root, ignore_errors=True)

@@ -288,6 +288,58 @@ def test_short_of_space_with_nothing_to_prune_it_refuses_and_says_so(
     assert steps(backup) == [1, 2]
 
 
+def test_a_full_disk_takes_old_unconfirmed_emergencies_only_when_nothing_else_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = quick(tmp_path, keep_last=1)
+    emergencies = [save(backup, step, "emergency") for step in (1, 2, 3)]
+    tagged = save(backup, 4, "emergency")
+    backup.tag(tagged, "crash")
+    save(backup, 5)
+    save(backup, 6)
+    _free_depends_on(backup, monkeypatch, room=6)
+    save(backup, 7)
+    assert steps(backup) == [1, 2, 3, 4, 6, 7], "first goes what the policy does not keep"
+    _free_depends_on(backup, monkeypatch, room=5)
+    with captured_events() as logs:
+        save(backup, 8)
+    assert steps(backup) == [2, 3, 4, 7, 8], "then the oldest emergency, and no more than it takes"
+    gone = [log["checkpoint"] for log in logs if log["event"] == "unconfirmed_emergency_given_up"]
+    assert gone == [emergencies[0].stem]
+    assert all(result.problem is None for result in backup.verify())
+
+
+def test_the_newest_emergency_is_never_given_up_nor_any_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = quick(tmp_path, keep_last=1)
+    for step in (1, 2, 3):
+        save(backup, step, "emergency")
+    save(backup, 4)
+    _free_depends_on(backup, monkeypatch, room=0)  # all that may go would not make room for one more
+    with captured_events() as logs, pytest.raises(CheckpointError, match="MB free"):
+        save(backup, 5)
+    assert steps(backup) == [1, 2, 3, 4] and [log["event"] for log in logs] == ["checkpoint_space_short"]
+    _free_depends_on(backup, monkeypatch, room=2)
+    with pytest.raises(CheckpointError, match="MB free"):
+        save(backup, 5)
+    assert 3 in steps(backup) and 4 in steps(backup)
+
+
+def test_a_quota_takes_emergencies_one_by_one_too(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    for step in (1, 2, 3):
+        save(quick(root), step, "emergency")
+
+    def quota(operation: str, path: Path) -> None:
+        if operation == "write" and len(list((root / "manifests").glob("*.json"))) > 2:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
+    backup = create_backup_system(root, files=WatchedFiles(quota))
+    save(backup, 4)
+    assert steps(backup) == [2, 3, 4] and same(small_state(4), backup.load().state)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
 def test_a_disk_that_fills_up_during_the_write_is_pruned_and_written_again(tmp_path: Path, code: int) -> None:
     """A quota is seen in no free-space figure."""

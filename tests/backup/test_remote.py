@@ -260,6 +260,25 @@ def test_progress_ends_at_the_whole(backup: BackupSystem, url: str, tmp_path: Pa
         assert seen == sorted(seen) and seen[-1] == (done.bytes, done.bytes)
 
 
+def test_of_several_runs_below_a_url_one_must_be_named(
+    backup: BackupSystem, url: str, tmp_path: Path
+) -> None:
+    other = create_backup_system(tmp_path / "other store", files=QuickFiles())
+    mine, theirs = save(backup, 1), save(other, 2)
+    push(backup.store, f"{url}/alpha")
+    assert fetch(url, tmp_path / "only").name == mine.name, "the only one is meant"
+    assert pull(url, CheckpointStore(tmp_path / "pulled")).checkpoints == (mine.name,)
+    push(other.store, f"{url}/beta")
+    with pytest.raises(RemoteError, match=r"several runs: alpha, beta; expected the URL of one"):
+        fetch(url, tmp_path / "which")
+    with pytest.raises(RemoteError, match="several runs"):
+        pull(url, CheckpointStore(tmp_path / "which"))
+    assert fetch(url, tmp_path / "named", run="alpha").name == mine.name
+    assert fetch(f"{url}/beta", tmp_path / "below", run="alpha").name == theirs.name
+    push(other.store, url)
+    assert fetch(url, tmp_path / "itself", run="alpha").name == theirs.name, "a copy at the URL itself is it"
+
+
 # ---- the mirror --------------------------------------------------------------------------------------
 
 
@@ -348,6 +367,44 @@ def test_the_newest_is_copied_first_after_an_outage(backup: BackupSystem, breaki
         assert mirror.flush(30)
     manifests = [name[:12] for name in BreakingFiles.written if name.endswith(".json")]
     assert manifests == ["000000000003", "000000000002", "000000000001"]
+
+
+def test_what_is_pruned_during_an_outage_no_longer_waits_but_the_lag_goes_on(
+    backup: BackupSystem, breaking: str
+) -> None:
+    BreakingFiles.fails = staticmethod(lambda number: True)
+    with mirroring(backup.store, breaking) as mirror:
+        mirror.enqueue(save(backup, 1))
+        wait_for(lambda: mirror.status().failing >= 1, "it failed")
+        before = mirror.status()
+        mirror.enqueue(save(backup, 2))
+        backup.policy = type(backup.policy)(keep_last=1)
+        backup.prune()
+        after = mirror.status()
+        assert (before.pending, after.pending) == (1, 1) and after.lag_seconds > before.lag_seconds
+        BreakingFiles.fails = staticmethod(lambda number: False)
+        assert mirror.flush(30)
+        assert (mirror.status().lag_seconds, mirror.status().copied) == (0.0, 1)
+    assert [name[:12] for name in Remote(breaking).manifests()] == ["000000000002"]
+
+
+def test_copied_bytes_are_seen_while_a_large_one_is_under_way(backup: BackupSystem, breaking: str) -> None:
+    reached, release = threading.Event(), threading.Event()
+
+    def hang(number: int) -> bool:
+        if number == 3:  # the manifest, after three chunks
+            reached.set()
+            return not release.wait(60)
+        return False
+
+    BreakingFiles.fails = staticmethod(hang)
+    save(backup, 1)
+    with mirroring(backup.store, breaking) as mirror:
+        assert reached.wait(30)
+        assert mirror.status().copied == 0 and mirror.status().copied_bytes > 0
+        release.set()
+        assert mirror.flush(30)
+        assert mirror.status().copied_bytes == sum(Remote(breaking).objects().values())
 
 
 def test_a_damaged_checkpoint_does_not_hold_up_the_others(backup: BackupSystem, url: str) -> None:

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from faulty_files import QuickFiles
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from same import same, small_state
 
 from obsinfra.backup.backup_system import BackupSystem, create_backup_system
+from obsinfra.backup.dcp import ObsinfraWriter
 from obsinfra.errors import CheckpointError
 
 Kind = Literal["regular", "emergency", "best", "final"]
@@ -61,6 +64,36 @@ def test_the_newest_of_each_kind_are_kept_and_only_their_chunks(tmp_path: Path) 
     for info in backup.list():
         assert same(small_state(info.step), backup.load(info.path).state)
     assert backup.prune() == []
+
+
+def test_emergencies_stay_until_confirmed_by_default(tmp_path: Path) -> None:
+    backup = create_backup_system(tmp_path, files=QuickFiles())
+    emergencies = [save(backup, step, "emergency") for step in range(1, 9)]
+    assert backup.prune() == []
+    for path in emergencies[:6]:
+        backup.confirm(path)
+    assert backup.prune() == emergencies[:3], "a confirmed one is as a regular one, of which three are kept"
+
+
+def save_distributed(backup: BackupSystem, step: int) -> Path:
+    """One of `torch.distributed.checkpoint`, as `dcp.save` in a single process makes it."""
+    writer = ObsinfraWriter(backup.store.root, step=step)
+    dcp.save({"w": torch.full((100,), float(step))}, storage_writer=writer, no_dist=True)
+    assert writer.saved is not None
+    return writer.saved.path
+
+
+def test_the_newest_sound_distributed_one_stays_beside_the_newest_resumable_one(tmp_path: Path) -> None:
+    backup = create_backup_system(tmp_path, keep_last=1, files=QuickFiles())
+    distributed = [save_distributed(backup, step) for step in (1, 2, 3)]
+    damage_chunks(backup, distributed[2])
+    resumable = [save(backup, step) for step in (4, 5)]
+    assert sorted(backup.prune()) == sorted([distributed[0], distributed[2], resumable[0]])
+    assert {info.path for info in backup.list()} == {distributed[1], resumable[1]}
+    newer = save_distributed(backup, 6)
+    assert backup.prune() == [distributed[1]], "of a newer sound one it makes way"
+    assert backup.load().info.path == resumable[1], "and it never counts as the newest resumable one"
+    assert {info.path for info in backup.list()} == {resumable[1], newer}
 
 
 def test_what_load_cannot_resume_from_is_passed_over_but_loads_by_name(tmp_path: Path) -> None:

@@ -133,12 +133,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingMonito
 
 # ---- a live scrape -------------------------------------------------------------------------------
 
+REMOTE = [metric for metric in catalog.METRICS if metric.name.startswith("obsinfra_checkpoint_remote_")]
+
 FED_ELSEWHERE = {
     catalog.LOSS_SCALE: "the trainer, with a gradient scaler",
     catalog.BEST_METRIC: "the trainer, which knows what is better",
     catalog.SNAPSHOT_SECONDS: "whoever takes snapshots",
     catalog.CHECKPOINT_WRITER_RESTARTS: "whoever has a writer process",
     catalog.CONTROL_GARBAGE: "the control channel",
+    catalog.CHECKPOINT_PROMISE_SECONDS: "whoever commits checkpoints",
+    **{remote: "whoever has a remote copy" for remote in REMOTE},
 }
 """What a monitor alone has no source for; its instruments carry it when those report it."""
 
@@ -189,6 +193,9 @@ def test_what_others_report_is_on_the_scrape_too() -> None:
         monitor.instruments.observe(catalog.SNAPSHOT_SECONDS, 0.25)
         monitor.instruments.add(catalog.CONTROL_GARBAGE, door="inbox")
         monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS)
+        monitor.instruments.set(catalog.CHECKPOINT_PROMISE_SECONDS, 300.0)
+        for remote in REMOTE:
+            (monitor.instruments.add if remote.kind == "counter" else monitor.instruments.set)(remote, 1.0)
         families = {family.name for family in parse_text(scrape(monitor))}
     assert families >= {metric.name for metric in FED_ELSEWHERE}
 

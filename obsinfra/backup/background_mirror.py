@@ -1,0 +1,350 @@
+"""The trainer's side of the mirror: starts the process that copies checkpoints to a remote, and hears it.
+
+For the keeper. Knows processes and how a mirror stands; not what is copied, nor how.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from obsinfra.backup.mirror_process import LINGER_SECONDS, STOP_SECONDS, MirrorConfig
+from obsinfra.backup.remote import MirrorStatus
+from obsinfra.backup.writer import Lines
+from obsinfra.monitoring.logging_config import get_logger
+
+EventSink = Callable[[str, Mapping[str, Any]], None]
+"""Gets an event's name and its facts: `checkpoint_mirror_died`, `checkpoint_mirror_unavailable`,
+`checkpoint_remote_failing` (once an outage), `checkpoint_remote_recovered`."""
+
+_REPORT_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+"""Between attempts to have a mirror process, when one after the other dies."""
+
+_SETTLED_SECONDS = 60.0
+"""A process that lived so long is no sign of one that dies at once."""
+
+_JOIN_SECONDS = 5.0
+_STDERR_BYTES = 4096
+
+_spawning = threading.Lock()
+"""Held while descriptors are made or given back that a forked child must know to close."""
+
+_mirrors: weakref.WeakSet[BackgroundMirror] = weakref.WeakSet()
+_left_behind: list[subprocess.Popen[bytes]] = []
+"""Processes that go on after their trainer's run; here so that they are reaped when they have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorReport:
+    """How the mirror stands, for metrics.
+
+    Attributes:
+        pending: checkpoints that wait to be copied.
+        lag_seconds: how long the oldest that was not copied has been waiting, also while the process is dead.
+        failures: attempts that failed since the last report.
+        copied_bytes: since the last report.
+        restarts: processes that died since the last report.
+    """
+
+    pending: int
+    lag_seconds: float
+    failures: int
+    copied_bytes: int
+    restarts: int
+
+
+class CheckpointMirror(Protocol):
+    """What the keeper knows of a mirror."""
+
+    def start(self) -> None: ...
+
+    def committed(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoMirror:
+    """No remote was asked for."""
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def committed(self) -> None:
+        """Nobody to tell."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class BackgroundMirror:
+    """Keeps a mirror process over `directory`, and starts another when it dies. Never makes a caller wait.
+
+    The process outlives this one's end, however it comes, until all is copied or `linger_seconds` are over;
+    what is left then, the next mirror of that folder and URL takes up.
+
+    Args:
+        directory: the checkpoint folder; made when it is not there.
+        url: where the copy goes; see `remote.check_url`.
+        on_report: told about once a second how it stands, on the mirror's thread.
+        on_event: told of what happens, on the mirror's thread.
+        log_path: file of JSON lines in which the process notes how it ended.
+        first_wait_seconds, longest_wait_seconds: between attempts to reach the remote while they fail;
+            doubled each time.
+        linger_seconds: how long the process goes on after this one's end, at most.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        url: str,
+        *,
+        on_report: Callable[[MirrorReport], None],
+        on_event: EventSink,
+        log_path: Path | None = None,
+        first_wait_seconds: float = 1.0,
+        longest_wait_seconds: float = 300.0,
+        linger_seconds: float = LINGER_SECONDS,
+    ) -> None:
+        self.url = url
+        self._directory = directory.absolute()
+        self._on_report = on_report
+        self._on_event = on_event
+        self._log_path = log_path.absolute() if log_path is not None else None
+        self._waits = (first_wait_seconds, longest_wait_seconds)
+        self._linger_seconds = linger_seconds
+        self._log = get_logger("system")
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._last: subprocess.Popen[bytes] | None = None  # that goes on alone
+        self._unseen: list[float] = []  # monotonic moments of commits that the process has not seen yet
+        self._status = MirrorStatus(url)
+        self._heard_at = time.monotonic()
+        self._reported = (0, 0)  # failures and bytes of the present process that were reported
+        self._restarts = 0
+        self._failing = False
+        with _spawning:
+            _mirrors.add(self)
+        if self._owner == 1:
+            atexit.register(self._wait_for_process)
+
+    def start(self) -> None:
+        """Start the process, once; returns before it runs."""
+        if self._thread is None and not self._closing.is_set():
+            self._thread = threading.Thread(target=self._serve, name="obsinfra-mirror", daemon=True)
+            self._thread.start()
+
+    def committed(self) -> None:
+        """A checkpoint is durable now. Any thread; the process finds it by itself, this is for the lag."""
+        with self._lock:
+            self._unseen.append(time.monotonic())
+
+    def close(self) -> None:
+        """Let the process go on alone to its end, and hear of it no more.
+
+        Where this is the first process of its container, with which the kernel ends all others, Python's exit
+        waits for the mirror.
+        """
+        if os.getpid() != self._owner or self._closing.is_set():
+            return
+        self._closing.set()
+        with self._lock:
+            if self._connection is not None:
+                with contextlib.suppress(OSError):  # the process is gone already
+                    self._connection.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.join(_JOIN_SECONDS)
+        with _spawning:
+            _mirrors.discard(self)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the mirror; None while there is none."""
+        process = self._process
+        return process.pid if process is not None else None
+
+    # ---- the thread ----------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        deaths = 0
+        while not self._closing.is_set():
+            started = time.monotonic()
+            try:
+                process, connection, stderr = self._spawn()
+            except OSError as error:
+                self._tell("checkpoint_mirror_unavailable", error=str(error))
+            else:
+                self._hear(connection)
+                if self._part(process, connection, stderr):
+                    return
+            deaths = 1 if time.monotonic() - started >= _SETTLED_SECONDS else deaths + 1
+            again = time.monotonic() + min(0.5 * 2.0 ** (deaths - 1), _LONGEST_PAUSE_SECONDS)
+            while (left := again - time.monotonic()) > 0 and not self._closing.is_set():
+                self._report()  # the lag grows meanwhile
+                self._closing.wait(min(left, _REPORT_SECONDS))
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket, IO[bytes]]:
+        if not sys.executable:
+            raise OSError("this Python does not know its own executable")
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        package_root = str(Path(__file__).absolute().parents[2])
+        search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        with _spawning:
+            ours, theirs = socket.socketpair()
+            config = MirrorConfig(
+                str(self._directory),
+                self.url,
+                theirs.fileno(),
+                self._owner,
+                log_path=str(self._log_path or ""),
+                first_wait_seconds=self._waits[0],
+                longest_wait_seconds=self._waits[1],
+                linger_seconds=self._linger_seconds,
+            )
+            try:
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "obsinfra.backup.mirror_process",
+                        json.dumps(asdict(config)),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    env={**os.environ, "PYTHONPATH": search_path},
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                stderr.close()
+                raise
+            finally:
+                theirs.close()
+            with self._lock:
+                self._process, self._connection = process, ours
+                self._status = replace(self._status, failures=0, copied_bytes=0)
+                if self._closing.is_set():
+                    ours.shutdown(socket.SHUT_RDWR)
+        self._reported = (0, 0)
+        return process, ours, stderr
+
+    def _hear(self, connection: socket.socket) -> None:
+        """What the process says, until the line is dead."""
+        lines = Lines(connection)
+        connection.settimeout(_REPORT_SECONDS)
+        while True:
+            try:
+                message = lines.receive()
+            except TimeoutError:  # it waits for an earlier mirror, or for a processor
+                self._report()
+                continue
+            except OSError:
+                return
+            if message is None:
+                return
+            status = MirrorStatus(**message["status"])
+            with self._lock:
+                self._status, self._heard_at = status, time.monotonic()
+                self._unseen = [moment for moment in self._unseen if moment > message["looked_at"]]
+            if (status.failing > 0) != self._failing:
+                self._failing = status.failing > 0
+                if self._failing:
+                    self._tell("checkpoint_remote_failing", url=self.url, error=status.error)
+                else:
+                    self._tell("checkpoint_remote_recovered", url=self.url)
+            self._report()
+
+    def _part(self, process: subprocess.Popen[bytes], connection: socket.socket, stderr: IO[bytes]) -> bool:
+        """The line is dead: because this side closed it (True), or because the process died."""
+        with _spawning, self._lock:
+            self._connection = self._process = None
+            connection.close()
+        with stderr:
+            if self._closing.is_set():
+                _left_behind[:] = [left for left in _left_behind if left.poll() is None] + [process]
+                self._last = process
+                return True
+            try:
+                code = process.wait(1)
+            except subprocess.TimeoutExpired:  # it hung up; two of them must not work at the same time
+                process.kill()
+                code = process.wait()
+            stderr.seek(0)
+            said = stderr.read()[-_STDERR_BYTES:].decode(errors="replace").strip()
+        self._restarts += 1
+        self._tell("checkpoint_mirror_died", pid=process.pid, exit_code=code, stderr=said)
+        self._report()
+        return False
+
+    def _report(self) -> None:
+        if self._closing.is_set():
+            return
+        now = time.monotonic()
+        with self._lock:
+            status, unseen = self._status, list(self._unseen)
+            behind = status.pending > 0 or status.lag_seconds > 0
+            lag = status.lag_seconds + (now - self._heard_at) if behind else 0.0
+        failures, copied = self._reported
+        report = MirrorReport(
+            status.pending + len(unseen),
+            max(lag, now - min(unseen, default=now)),
+            max(0, status.failures - failures),
+            max(0, status.copied_bytes - copied),
+            self._restarts,
+        )
+        self._reported = (max(failures, status.failures), max(copied, status.copied_bytes))
+        self._restarts = 0
+        try:
+            self._on_report(report)
+        except Exception:
+            self._log.exception("mirror_report_failed")
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        try:
+            self._on_event(event, facts)
+        except Exception:
+            self._log.exception("event_sink_failed", event_name=event)
+
+    def _wait_for_process(self) -> None:
+        """The first process of a container is about to end, and with it all others."""
+        if os.getpid() == self._owner and self._last is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._last.wait(self._linger_seconds + STOP_SECONDS)
+
+    def _forget_in_child(self) -> None:
+        """In a forked child: hold nothing that would make the process believe the trainer lives."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._connection.detach())
+
+
+def _after_fork_in_child() -> None:
+    _spawning.release()
+    for mirror in list(_mirrors):
+        mirror._forget_in_child()
+
+
+os.register_at_fork(
+    before=_spawning.acquire, after_in_parent=_spawning.release, after_in_child=_after_fork_in_child
+)
