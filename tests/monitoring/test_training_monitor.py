@@ -142,7 +142,7 @@ FED_ELSEWHERE = {
     catalog.CHECKPOINT_WRITER_RESTARTS: "whoever has a writer process",
     catalog.CONTROL_GARBAGE: "the control channel",
     catalog.CHECKPOINT_PROMISE_SECONDS: "whoever commits checkpoints",
-    **{remote: "whoever has a remote copy" for remote in REMOTE},
+    **dict.fromkeys(REMOTE, "whoever has a remote copy"),
 }
 """What a monitor alone has no source for; its instruments carry it when those report it."""
 
