@@ -1,8 +1,8 @@
 """What a checkpoint costs the loop and how long it takes, beside torch's own ways of saving.
 
-    python benchmarks/bench_checkpoint.py [--large] [--rounds 7] [--folder DIR] [--only stall commit …]
+    python benchmarks/bench_checkpoint.py [--state-mb 360 1200] [--rounds 7] [--folder DIR] [--only stall …]
 
-The state is a Transformer with AdamW: 360 MB, with --large 1.2 GB. In every round each contender saves the
+The state is a Transformer with AdamW, of 360 MB and then of 1.2 GB. In every round each contender saves the
 same state once, in rotating order, on the same disk; ratios are medians of the ratios within a round. Between
 rounds every parameter changes. A target is printed beside its figure, met or not; nothing is asserted.
 
@@ -11,7 +11,10 @@ rounds every parameter changes. A target is printed beside its figure, met or no
     torch.save        to a file, with fsync
     dcp.save          torch.distributed.checkpoint, FileSystemWriter, which syncs its files
     dcp.async_save    what the call takes, default staging; its background work ends before the round goes on
-    torch_checkpointing   Meta's second way, where it is installed
+    torch_checkpointing   Meta's second way, where it is installed: save(), and the wait until the parameters
+                      may be stepped (manager.lock()); its background write ends before the round goes on. It
+                      does not sync its files. Its default staging, on the CPU unpinned shared memory;
+                      without its O_DIRECT, with which its writes fail on ext4 (EINVAL: not aligned)
     raw write + fsync one file with the bytes of all tensors
     hash              sha256 of the same bytes
     commit            from the call of snapshot() to the durable manifest
@@ -22,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import os
 import platform
@@ -31,9 +33,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -51,8 +55,8 @@ from obsinfra.backup.state_tree import encode
 from obsinfra.backup.tensors import tensor_bytes
 
 SECONDS = 600.0
-SIZES = {False: (512, 9, 4096), True: (1024, 8, 4096)}
-"""Width, layers and vocabulary of the model: 360 MB and 1.2 GB with its optimizer."""
+SIZES = {360: (512, 9, 4096), 1200: (1024, 8, 4096)}
+"""Width, layers and vocabulary of the model, by its size in MB with its optimizer."""
 
 PARTS = ("stall", "commit", "restore", "steps", "hashes")
 
@@ -60,8 +64,8 @@ PARTS = ("stall", "commit", "restore", "steps", "hashes")
 class Training:
     """A model, its optimizer, and a step without a forward and backward."""
 
-    def __init__(self, large: bool) -> None:
-        width, layers, vocabulary = SIZES[large]
+    def __init__(self, state_mb: int, *, prepared: bool = True) -> None:
+        width, layers, vocabulary = SIZES[state_mb]
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # nested tensors, which nobody uses here
@@ -71,7 +75,8 @@ class Training:
         self.model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width), "encoder": encoder})
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.step = 0
-        self.change(1.0)
+        if prepared:
+            self.change(1.0)
 
     def change(self, share: float) -> None:
         """An optimizer step of the last parameters that make up `share` of all elements."""
@@ -84,6 +89,14 @@ class Training:
             parameter.grad = torch.randn_like(parameter)  # else moments of one shape would all be equal
             wanted -= parameter.numel()
         self.optimizer.step()
+
+    def train_step(self) -> None:
+        """A whole step on a small batch: forward, backward, update."""
+        self.optimizer.zero_grad()
+        tokens = torch.randint(0, self.model["embedding"].num_embeddings, (2, 16))  # [B, T]
+        self.model["encoder"](self.model["embedding"](tokens)).square().mean().backward()
+        self.optimizer.step()
+        self.step += 1
 
     def state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -105,6 +118,7 @@ class Contenders:
         self.buffers = [torch.empty_like(tensor).zero_() for tensor in tensors]
         self.checkpointer = create_checkpointer(folder / "store", retention=Retention(keep_last=1))
         self.commits: list[float] = []
+        self.peer, self.peer_problem = self.torch_checkpointing_manager()
         for _ in range(3):  # both slots exist, the writer runs
             self.snapshot_and_commit()
         self.commits.clear()
@@ -157,6 +171,49 @@ class Contenders:
         shutil.rmtree(path)
         return took
 
+    def torch_checkpointing_manager(self) -> tuple[Any, str]:
+        """Its manager, after a first save that starts its process; or None and why it cannot be timed."""
+        try:
+            from torch_checkpointing import CheckpointManager
+            from torch_checkpointing.checkpoint_process import CheckpointProcessConfig
+            from torch_checkpointing.config import AsyncCheckpointSaverConfig
+            from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+        except ImportError as error:
+            return None, f"cannot be imported: {error}"
+        storage = LocalFileSystemStorageConfig(use_direct_io=False)
+        process = CheckpointProcessConfig(subprocess_init_timeout_secs=int(SECONDS))
+        manager = CheckpointManager(
+            CheckpointManager.Config(
+                save=AsyncCheckpointSaverConfig(process_config=process), storage_config=storage
+            )
+        )
+        try:
+            self.peer_save(manager)
+        except Exception as error:  # whatever it is, it is shown
+            with contextlib.suppress(Exception):
+                manager.close()
+            return None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        return manager, ""
+
+    def peer_save(self, manager: Any) -> float:
+        path = self.folder / "torch-checkpointing"
+        written: list[Any] = []
+
+        def save() -> None:
+            written.append(manager.save(str(path), self.training.state()))
+            with manager.lock():
+                pass
+
+        took = timed(save)
+        written[0].result(SECONDS)
+        shutil.rmtree(path)
+        return took
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        if self.peer is not None:
+            self.peer.close()
+
     def raw_write(self) -> float:
         path = self.folder / "raw"
         chunks = [tensor_bytes(tensor) for tensor in self.tensors()]
@@ -192,6 +249,8 @@ def measure_stalls(contenders: Contenders, rounds: int) -> dict[str, list[float]
         "raw write + fsync": contenders.raw_write,
         "hash": contenders.hash,
     }
+    if contenders.peer is not None:
+        calls["torch_checkpointing"] = lambda: contenders.peer_save(contenders.peer)
     calls["dcp.async_save"]()  # starts its threads
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -213,20 +272,23 @@ def verdict(name: str, figure: float, target: float, unit: str = "×") -> None:
     print(f"  {name:<66} {figure:>7.2f} {unit:<2} target ≤ {target:g} {unit:<2} {met}")
 
 
-def report_stalls(taken: Mapping[str, list[float]], nbytes: int) -> None:
+def report_stalls(taken: Mapping[str, list[float]], nbytes: int, peer_problem: str) -> None:
     print(f"\n{'ms':<20} {'median':>8} {'min':>8} {'max':>8} {'ratio to snapshot':>18}")
     for name, values in taken.items():
         row = [statistics.median(values), min(values), max(values)]
         beside = f"{ratio(values, taken['snapshot']):.2f}"
         print(f"{name:<20} {' '.join(f'{value * 1e3:>8.1f}' for value in row)} {beside:>18}")
-    with contextlib.suppress(PackageNotFoundError):
-        print(f"torch_checkpointing  {version('torch_checkpointing')} is installed, but is not timed yet")
-    if importlib.util.find_spec("torch_checkpointing") is None:
-        print("torch_checkpointing  not installed")
+    if peer_problem:
+        print(f"torch_checkpointing  not timed: {peer_problem}")
+    else:
+        print(f"torch_checkpointing is {version('torch_checkpointing')}")
     print(f"snapshot moves {nbytes / statistics.median(taken['snapshot']) / 1e9:.1f} GB/s")
     verdict("stall / memory copy", ratio(taken["snapshot"], taken["memory copy"]), 1.5)
     verdict("stall / dcp.async_save's stall", ratio(taken["snapshot"], taken["dcp.async_save"]), 1 / 3)
     verdict("stall / torch.save", ratio(taken["snapshot"], taken["torch.save"]), 1 / 8)
+    if "torch_checkpointing" in taken:
+        beside = ratio(taken["snapshot"], taken["torch_checkpointing"])
+        print(f"  {'stall / torch_checkpointing, which does not sync':<66} {beside:>7.2f} ×")
     alone = [a + b for a, b in zip(taken["raw write + fsync"], taken["hash"], strict=True)]
     verdict("snapshot to durable commit / (raw write + fsync + hash)", ratio(taken["commit"], alone), 2)
 
@@ -284,7 +346,7 @@ def _own_bytes(pid: int) -> int:
     return int(psutil.Process(pid).memory_full_info().uss)
 
 
-def measure_restores(training: Training, folder: Path, rounds: int) -> None:
+def measure_restores(training: Training, folder: Path, rounds: int, state_mb: int) -> None:
     """A verified load, and torch.load of the same state with a hash of its tensors' bytes in memory."""
     backup = create_backup_system(folder / "restore")
     backup.save(training.state(), step=1, epoch=0)
@@ -311,19 +373,44 @@ def measure_restores(training: Training, folder: Path, rounds: int) -> None:
     )
     together = [a + b for a, b in zip(theirs, hashes, strict=True)]
     verdict("verified restore / (torch.load + hash)", ratio(ours, together), 1.5)
-    script = (
-        "from obsinfra.backup.backup_system import create_backup_system as c\n"
-        "import sys, torch\n"
-        "s = c(sys.argv[1]).load().state['model']\n"
-        "x = next(iter(s.values())).mean()\n"
-    )
-    starts = [
-        timed(lambda: subprocess.run([sys.executable, "-c", script, str(folder / "restore")], check=True))
-        for _ in range(3)
-    ]
-    print(f"  process start, import of torch, verified restore: {statistics.median(starts):.2f} s")
     path.unlink()
     shutil.rmtree(folder / "restore")
+    backup.create_checkpoint(training.model, training.optimizer, step=training.step)
+    report_resumes(folder / "restore", state_mb)
+    shutil.rmtree(folder / "restore")
+
+
+RESUME_PARTS = ("imports", "model", "verified restore", "first step")
+
+
+def report_resumes(store: Path, state_mb: int) -> None:
+    """From the start of a process to the end of its first resumed step, as whoever starts it sees it."""
+    command = [sys.executable, __file__, "--state-mb", str(state_mb), "--resume-from", str(store)]
+    runs = []
+    for _ in range(3):
+        marks = [time.time()]
+        marks += map(
+            float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        )
+        runs.append([after - before for before, after in pairwise(marks)])
+    parts = [statistics.median(values) for values in zip(*runs, strict=True)]
+    whole = statistics.median(sum(values) for values in runs)
+    print(
+        f"process start to first resumed step: {whole:.2f} s ("
+        + ", ".join(f"{name} {seconds:.2f}" for name, seconds in zip(RESUME_PARTS, parts, strict=True))
+        + f"; medians of {len(runs)})"
+    )
+
+
+def resume(store: Path, state_mb: int, started: float) -> None:
+    """What a process of `report_resumes` does; prints the time after each of `RESUME_PARTS`."""
+    training = Training(state_mb, prepared=False)
+    built = time.time()
+    found = create_backup_system(store).restore_from_checkpoint(training.model, training.optimizer)
+    restored = time.time()
+    training.step = found.step
+    training.train_step()
+    print(started, built, restored, time.time())
 
 
 @contextlib.contextmanager
@@ -400,7 +487,7 @@ def measure_hashes() -> None:
             print(f"{name:<10} {0.064 / single:>9.2f} {0.128 / double:>10.2f}")
 
 
-def environment(arguments: argparse.Namespace, nbytes: int, tensors: int) -> str:
+def environment() -> str:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -409,37 +496,51 @@ def environment(arguments: argparse.Namespace, nbytes: int, tensors: int) -> str
                 break
     return (
         f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-        f"state of {nbytes / 1e6:.0f} MB in {tensors} tensors, {arguments.rounds} rounds"
+        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
 
 
+def measure_state(state_mb: int, arguments: argparse.Namespace) -> None:
+    """Everything that depends on the size of the state."""
+    training = Training(state_mb)
+    tensors = encode(training.state())[1]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    print(
+        f"\n== state of {nbytes / 1e6:.0f} MB in {len(tensors)} tensors, {arguments.rounds} rounds",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        folder = Path(scratch)
+        if "stall" in arguments.only:
+            contenders = Contenders(training, folder)
+            report_stalls(measure_stalls(contenders, arguments.rounds), nbytes, contenders.peer_problem)
+            contenders.close()
+            del contenders
+        if "commit" in arguments.only:
+            measure_commits(training, folder, arguments.rounds)
+        if "restore" in arguments.only:
+            measure_restores(training, folder, arguments.rounds, state_mb)
+        if "steps" in arguments.only:
+            measure_steps(training, folder, max(2, arguments.rounds // 2))
+
+
 def main() -> None:
+    started = time.time()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--large", action="store_true", help="1.2 GB instead of 360 MB")
+    parser.add_argument("--state-mb", nargs="+", type=int, choices=SIZES, default=list(SIZES))
+    parser.add_argument("--resume-from", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; a temporary one")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    training = Training(arguments.large)
-    tensors = encode(training.state())[1]
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    print(environment(arguments, nbytes, len(tensors)), flush=True)
+    if arguments.resume_from is not None:
+        resume(arguments.resume_from, arguments.state_mb[0], started)
+        return
+    print(environment(), flush=True)
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        folder = Path(scratch)
-        if "stall" in arguments.only:
-            contenders = Contenders(training, folder)
-            report_stalls(measure_stalls(contenders, arguments.rounds), nbytes)
-            contenders.checkpointer.close()
-            del contenders
-        if "commit" in arguments.only:
-            measure_commits(training, folder, arguments.rounds)
-        if "restore" in arguments.only:
-            measure_restores(training, folder, arguments.rounds)
-        if "steps" in arguments.only:
-            measure_steps(training, folder, max(2, arguments.rounds // 2))
+    for state_mb in arguments.state_mb:
+        measure_state(state_mb, arguments)
     if "hashes" in arguments.only:
         measure_hashes()
     print(f"\nload {os.getloadavg()[0]:.1f} at the end")

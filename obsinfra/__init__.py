@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from obsinfra.monitoring.training_monitor import TrainingMonitor as TrainingMonitor
     from obsinfra.observation import ObservedRun as ObservedRun
     from obsinfra.observation import observe as observe
+    from obsinfra.optimization.data_loading import (
+        create_memory_efficient_dataloader as create_memory_efficient_dataloader,
+    )
+    from obsinfra.optimization.gpu_optimizer import GpuOptimizer as GpuOptimizer
+    from obsinfra.optimization.gpu_optimizer import create_gpu_optimizer as create_gpu_optimizer
+    from obsinfra.optimization.memory_optimizer import MemoryOptimizer as MemoryOptimizer
+    from obsinfra.optimization.memory_optimizer import create_memory_optimizer as create_memory_optimizer
 
 __version__ = "0.1.0"
 
@@ -25,6 +32,11 @@ _FACE = {
     "TrainingMetrics": "obsinfra.monitoring.training_monitor",
     "BackupSystem": "obsinfra.backup.backup_system",
     "create_backup_system": "obsinfra.backup.backup_system",
+    "GpuOptimizer": "obsinfra.optimization.gpu_optimizer",
+    "create_gpu_optimizer": "obsinfra.optimization.gpu_optimizer",
+    "MemoryOptimizer": "obsinfra.optimization.memory_optimizer",
+    "create_memory_optimizer": "obsinfra.optimization.memory_optimizer",
+    "create_memory_efficient_dataloader": "obsinfra.optimization.data_loading",
 }
 
 __all__ = ["__version__", *_FACE]

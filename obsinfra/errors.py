@@ -42,6 +42,10 @@ class DataError(UserError):
     """Training data is missing, malformed or too little."""
 
 
+class DataWorkerError(UserError):
+    """A data loader's worker process died, or gave nothing in time."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is absent, damaged, or does not fit the model it is loaded into."""
 
@@ -56,3 +60,15 @@ class CommandError(ObsinfraError):
 
 class NonFiniteLossError(ObsinfraError):
     """The loss became NaN or infinite; the last good state was checkpointed before this was raised."""
+
+
+class MemoryExhaustedError(ObsinfraError):
+    """A step does not fit into memory, not even with one row at a time; the message says what would help."""
+
+
+class PeerLostError(ObsinfraError):
+    """Another rank of the run is gone or does not answer; the message says which, and why if it is known."""
+
+
+class RanksDifferError(UserError):
+    """The ranks of a run do not have the same code, data, settings or model, or did a command differently."""

@@ -1,13 +1,85 @@
-"""Shared by all tests: a clean environment."""
+"""Shared by all tests: a clean environment, and what `--quick` leaves out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
+# A busy machine is no failure: no property test has a deadline for one example.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+FIRST = (
+    "test_real_engine",
+    "test_kills",
+    "test_stack_chaos",
+    "test_resume_is_exact",
+    "test_main_job",
+    "test_queries",
+    "test_ranks_restart",
+    "test_interrupts",
+    "test_ranks_obey",
+)
+"""Test files that take minutes: begun first, so that no processor waits for one of them at the end."""
+
+LONG = frozenset(
+    [
+        "test_actions",
+        "test_background_mirror",
+        "test_byte_gpt",
+        "test_checkpoint_remote",
+        "test_checkpointer",
+        "test_compilation",
+        "test_crashes_and_faults",
+        "test_damage",
+        "test_data_loading",
+        "test_datasets",
+        "test_escalation",
+        "test_flops",
+        "test_gpu_sampler",
+        "test_host_guard",
+        "test_inference",
+        "test_market_files",
+        "test_memory_optimizer",
+        "test_observed_run",
+        "test_out_of_memory",
+        "test_payloads",
+        "test_prometheus_rules",
+        "test_ranks",
+        "test_recorder",
+        "test_report",
+        "test_resume_plan",
+        "test_retention",
+        "test_rollback",
+        "test_routes",
+        "test_rules_cli",
+        "test_runbooks",
+        "test_sidecar_api",
+        "test_sidecar_decisions",
+        "test_sidecar_kills",
+        "test_sidecar_openapi",
+        "test_sidecar_process",
+        "test_speed_choices",
+        "test_state_tree",
+        "test_tracing",
+        "test_trainer",
+        "test_writer",
+    ]
+)
+"""Files of unit tests that take 8 to 40 seconds each on two processors: two thirds of the whole time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)

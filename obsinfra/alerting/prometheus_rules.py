@@ -12,60 +12,50 @@ from typing import Any
 
 import yaml
 
-from obsinfra.alerting.wording import plain_number, summary_template, threshold_text, value_template
+from obsinfra.alerting.dashboard_recordings import DASHBOARD_RECORDINGS
+from obsinfra.alerting.dashboard_recordings import GROUP as DASHBOARDS_GROUP
+from obsinfra.alerting.promql import duration, expression, recordings
+from obsinfra.alerting.wording import step_template, summary_template, threshold_text, value_template
 from obsinfra.catalog.alerts import ALERTS, Alert
 from obsinfra.run.files import write_atomic
 
 GROUP = "obsinfra"
 
+RUNBOOKS = "http://127.0.0.1:9465/runbooks"
+"""Where the sidecar serves the runbooks by default; people open it in a browser."""
+
 HEADER = """\
 # Generated from obsinfra/catalog/alerts.py by 'obsinfra rules write'; do not edit by hand.
-# Other thresholds: set [thresholds] in obsinfra.toml, then run that command again.
+# Other thresholds: set [thresholds] or [alerts] in obsinfra.toml, then run that command again.
 """
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a Prometheus duration, to the millisecond: `60s`, `1500ms`."""
-    milliseconds = round(seconds * 1000)
-    return f"{milliseconds // 1000}s" if milliseconds % 1000 == 0 else f"{milliseconds}ms"
-
-
-def expression(alert: Alert) -> str:
-    """The condition in PromQL.
-
-    An increase has three ways to be seen. `increase` needs two samples in its window and is blind to what
-    came before the first; so the value is also compared with the one a window ago, and a series that did not
-    exist then, or restarted since, counts in full, because every counter of this package begins at zero with
-    its process. Thus an event is seen at the first evaluation after the scrape that carries it, even when
-    that scrape is the very first. `increase` extrapolates to the window's edges: exact for a limit of 0, a
-    few percent high for others.
-    """
-    name = alert.metric.sample_name
-    beyond = f"{alert.comparator} {plain_number(alert.limit)}"
-    if not alert.increase_seconds:
-        return f"{name} {beyond}"
-    window = duration(alert.increase_seconds)
-    ways = (
-        f"increase({name}[{window}])",
-        f"({name} - {name} offset {window})",
-        f"({name} unless {name} >= {name} offset {window})",
-    )
-    return "\nor ".join(f"{way} {beyond}" for way in ways)
-
-
-def render_rules(alerts: Sequence[Alert] = ALERTS) -> str:
-    """The rules file, the same text for the same table.
+def render_rules(alerts: Sequence[Alert] = ALERTS, runbooks: str = RUNBOOKS) -> str:
+    """The rules file, the same text for the same table: what is recorded first, then the alerts, and as a
+    group of its own what is recorded for the dashboards.
 
     Severity, action (where there is one) and scope become labels; what people read becomes annotations. The
-    group has no interval of its own, so the global evaluation interval holds.
+    groups have no interval of their own, so the global evaluation interval holds.
+
+    Args:
+        alerts: the table, the user's settings applied.
+        runbooks: URL under which each alert's runbook is read by its name.
     """
-    document = {"groups": [{"name": GROUP, "rules": [_rule(alert) for alert in alerts]}]}
+    recorded = {record.name: record.expression for alert in alerts for record in recordings(alert.condition)}
+    rules = [{"record": name, "expr": text} for name, text in recorded.items()]
+    shown = [{"record": record.name, "expr": record.expression} for record in DASHBOARD_RECORDINGS]
+    document = {
+        "groups": [
+            {"name": GROUP, "rules": rules + [_rule(alert, runbooks) for alert in alerts]},
+            {"name": DASHBOARDS_GROUP, "rules": shown},
+        ]
+    }
     return HEADER + yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def write_rules(path: Path, alerts: Sequence[Alert] = ALERTS) -> None:
+def write_rules(path: Path, alerts: Sequence[Alert] = ALERTS, runbooks: str = RUNBOOKS) -> None:
     """Write the rules file, whole or not at all. Its folder must exist."""
-    write_atomic(path, render_rules(alerts), mode=0o644)
+    write_atomic(path, render_rules(alerts, runbooks), mode=0o644)
 
 
 def check_rules(path: Path, alerts: Sequence[Alert] = ALERTS) -> str | None:
@@ -92,7 +82,7 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def _rule(alert: Alert) -> dict[str, Any]:
+def _rule(alert: Alert, runbooks: str) -> dict[str, Any]:
     rule: dict[str, Any] = {"alert": alert.name, "expr": expression(alert)}
     if alert.for_seconds:
         rule["for"] = duration(alert.for_seconds)
@@ -102,7 +92,10 @@ def _rule(alert: Alert) -> dict[str, Any]:
         "description": alert.description,
         "value": value_template(alert),
         "threshold": threshold_text(alert),
+        "runbook_url": f"{runbooks}/{alert.name}",
     }
+    if alert.scope != "stack":
+        rule["annotations"]["step"] = step_template()
     return rule
 
 

@@ -7,131 +7,405 @@ from the table's meaning alone, not from the in-process evaluator, so that each 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, groupby, islice
+from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
-from obsinfra.alerting.prometheus_rules import rule_labels
+from obsinfra.alerting.prometheus_rules import rule_labels, write_rules
 from obsinfra.alerting.wording import plain_number
 from obsinfra.catalog.alerts import ALERTS, Alert
-from obsinfra.catalog.metrics import RUN_LABELS
+from obsinfra.catalog.conditions import (
+    AgainstPast,
+    AgainstPeers,
+    Always,
+    Forecast,
+    Increase,
+    Multiple,
+    Ratio,
+    Rise,
+    RobustZ,
+    Share,
+    Slope,
+    Value,
+    label_names,
+    metric_of,
+    where_of,
+    window_of,
+)
+from obsinfra.catalog.metrics import Metric
 
-QUIET_SECONDS = 10
-HELD_ON_SECONDS = 20
+Pace = Literal[1, 10]
+"""Seconds between samples and between evaluations. Alerts that look at minutes are played at 10."""
 
-Span = tuple[float | None, int]
-"""A value (None: no such series) and how many seconds it lasts, at one sample a second."""
+QUIET = 10
+HELD_ON = 20
+MARGIN = 3
+"""Samples; MARGIN is what a window's edge may cost, where Prometheus 2 and 3 differ on the sample at it."""
+
+Values = list[float | None]
+"""One value per sample; None: no such series then."""
 
 
-def render_rule_tests(rules_file: str, alerts: Sequence[Alert] = ALERTS) -> str:
-    """A promtool test file for all alerts.
+@dataclass(slots=True)
+class Scene:
+    """Series played, and what is expected of one alert.
 
-    Each fires beyond its threshold, not at it, not before `for` is over, not after a shorter crossing, and
+    Attributes:
+        what: what the scene shows.
+        series: selector → values.
+        states: sample → `pending`, `firing`, None for neither, or `quiet` for not firing.
+    """
+
+    what: str
+    series: dict[str, Values]
+    states: dict[int, str | None] = field(default_factory=dict)
+
+
+def pace_of(alert: Alert) -> Pace:
+    """The pace an alert is tested at."""
+    return 10 if max(window_of(alert.condition), alert.for_seconds) >= 300 else 1
+
+
+def render_rule_tests(rules_file: str, alert: Alert) -> str:
+    """A promtool test file for one alert.
+
+    It fires beyond its threshold, not at it, not before `for` is over, not after a shorter crossing, and
     resolves.
 
     Args:
         rules_file: path of the rules, as promtool shall open it (relative to the test file).
-        alerts: the table the rules were made from.
+        alert: a row of the table the rules were made from.
     """
-    tests = [test for alert in alerts for test in _tests_of(alert)]
-    document = {"rule_files": [rules_file], "evaluation_interval": "1s", "tests": tests}
+    pace = pace_of(alert)
+    tests = [_as_promtool_test(alert, scene, pace) for scene in scenes_of(alert)]
+    document = {"rule_files": [rules_file], "evaluation_interval": f"{pace}s", "tests": tests}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
 
 
+def write_rule_tests(folder: Path, alerts: Sequence[Alert] = ALERTS) -> list[Path]:
+    """For every alert a test file, and beside it the rules of this alert alone, so that promtool is quick.
+
+    Args:
+        folder: an existing folder.
+        alerts: the table.
+
+    Returns:
+        The test files, in table order.
+    """
+    tests = []
+    for alert in alerts:
+        rules, test = folder / f"{alert.name}.rules.yml", folder / f"{alert.name}.test.yml"
+        write_rules(rules, [alert])
+        test.write_text(render_rule_tests(rules.name, alert))
+        tests.append(test)
+    return tests
+
+
 def series_labels(alert: Alert) -> dict[str, str]:
-    """Example labels of the series an alert looks at."""
-    return {name: f"some-{name}" for name in (*RUN_LABELS, *alert.metric.labels)}
+    """Example labels of one firing, those of the rule apart."""
+    where = dict(where_of(alert.condition))
+    return {
+        name: where[name][0] if name in where else f"some-{name}" for name in label_names(alert.condition)
+    }
 
 
-def _tests_of(alert: Alert) -> list[dict[str, Any]]:
-    return _increase_tests(alert) if alert.increase_seconds else [_value_test(alert)]
+def scenes_of(alert: Alert) -> list[Scene]:
+    """What is played to an alert, at its pace."""
+    per = pace_of(alert)
+    hold, window = math.ceil(alert.for_seconds / per), math.ceil(window_of(alert.condition) / per)
+    match alert.condition:
+        case Value(metric):
+            return [_crossing(alert, _series(alert, metric), hold, alert.limit)]
+        case Ratio(metric, over):
+            scene = _crossing(alert, _series(alert, metric), hold, alert.limit * 1000)
+            return [_beside(scene, {_series(alert, over): [1000.0]})]
+        case Multiple(metric, of, floor):
+            return [
+                _beside(
+                    _crossing(alert, _series(alert, metric), hold, max(alert.limit * unit, floor), what),
+                    {_series(alert, of): [unit]},
+                )
+                for what, unit in (
+                    ("against the multiple", 2 * floor / alert.limit),
+                    ("against the floor", floor / alert.limit / 8),
+                )
+            ]
+        case AgainstPeers(metric):
+            mine = _crossing(alert, _series(alert, metric), hold, alert.limit)
+            labels = series_labels(alert)
+            peers: dict[str, Values] = {
+                _selected(metric, labels | {"rank": f"peer-{n}"}): [1.0] for n in range(3)
+            }
+            return [_beside(mine, peers)]
+        case Increase(metric):
+            return _increase_scenes(alert, _series(alert, metric), hold, window)
+        case Rise(metric):
+            return _rise_scenes(alert, _series(alert, metric), hold, window)
+        case Slope(metric, _, since_seconds):
+            return _slope_scenes(
+                alert, _series(alert, metric), hold, window, math.ceil(since_seconds / per), per
+            )
+        case Forecast(metric, _, ahead_seconds):
+            return _forecast_scenes(alert, _series(alert, metric), hold, window, ahead_seconds / per)
+        case Share(metric, whole):
+            return _share_scenes(alert, metric, whole, hold, window)
+        case RobustZ(metric, sample, _, _, slack):
+            return _robust_scenes(alert, _series(alert, metric), _series(alert, sample), hold, window, slack)
+        case AgainstPast(metric, recent_seconds):
+            return _past_scenes(alert, _series(alert, metric), hold, window, math.ceil(recent_seconds / per))
+        case Always():
+            return [Scene("always", {}, {0: "firing", HELD_ON: "firing"})]
 
 
-def _value_test(alert: Alert) -> dict[str, Any]:
-    hold = math.ceil(alert.for_seconds)
-    step = max(1.0, abs(alert.limit)) * 0.05
-    beyond = alert.limit + (step if alert.comparator == ">" else -step)
-    crossed, over = QUIET_SECONDS, QUIET_SECONDS + hold + HELD_ON_SECONDS
-    spans: list[Span] = [
-        (alert.limit, QUIET_SECONDS),
-        (beyond, over - crossed),
-        (alert.limit, QUIET_SECONDS),
-        (beyond, hold),  # one evaluation short of firing
-        (alert.limit, QUIET_SECONDS),
-    ]
+# ---- scenes ----------------------------------------------------------------------------------------------
+
+
+def _crossing(alert: Alert, series: str, hold: int, limit: float, what: str = "its value") -> Scene:
+    """At the limit, beyond it until after it fires, at it, beyond it for one evaluation too few, at it."""
+    step = max(1.0, abs(limit)) * 0.05
+    beyond = limit + (step if alert.comparator == ">" else -step)
+    over = QUIET + hold + HELD_ON
+    values = _spans((limit, QUIET), (beyond, over - QUIET), (limit, QUIET), (beyond, hold), (limit, QUIET))
     states: dict[int, str | None] = {
-        crossed - 1: None,
-        crossed + hold: "firing",
+        QUIET - 1: None,
+        QUIET + hold: "firing",
         over - 1: "firing",
         over: None,
     }
     if hold:
-        again = over + QUIET_SECONDS
-        states |= {crossed: "pending", crossed + hold - 1: "pending"}
+        again = over + QUIET
+        states |= {QUIET: "pending", QUIET + hold - 1: "pending"}
         states |= {again: "pending", again + hold - 1: "pending", again + hold: None}
-    return _test(alert, "its value", spans, states)
+    return Scene(what, {series: values}, states)
 
 
-def _increase_tests(alert: Alert) -> list[dict[str, Any]]:
+def _increase_scenes(alert: Alert, series: str, hold: int, window: int) -> list[Scene]:
     """A rise from zero, a series born above zero, and a rise after a restart of the counter."""
-    window, many = math.ceil(alert.increase_seconds), math.floor(alert.limit) + 1
-    quiet = QUIET_SECONDS
-    rise: list[Span] = [(0, quiet), (many, 2 * window)]
-    states: dict[int, str | None] = {
-        quiet - 1: None,
-        quiet: "firing",
-        quiet + window - 1: "firing",
-        quiet + window: None,
-    }
+    many, quiet = float(math.floor(alert.limit) + 1), QUIET
+    rise = _spans((many, 2 * window))
+    states = _from_when_to_when(quiet, quiet + window, hold)
     restart = 2 * window
     return [
-        _test(alert, "a rise from zero", rise, states),
-        _test(alert, "a series born above zero", [(None, quiet), *rise[1:]], states),
-        _test(
-            alert,
+        Scene("a rise from zero", {series: _spans((0.0, quiet)) + rise}, states),
+        Scene("a series born above zero", {series: _spans((None, quiet)) + rise}, states),
+        Scene(
             "a rise after a restart of the counter",
-            [(many + 2, restart), (0, quiet), (many, window)],
-            {restart - 1: None, restart: None, restart + quiet - 1: None, restart + quiet: "firing"},
+            {series: _spans((many + 2, restart), (0.0, quiet), (many, window))},
+            {restart - 1: None, restart: None, restart + quiet - 1: None}
+            | ({restart + quiet + hold: "firing"} if hold < window else {}),
         ),
     ]
 
 
-def _test(alert: Alert, what: str, spans: Sequence[Span], states: dict[int, str | None]) -> dict[str, Any]:
+def _rise_scenes(alert: Alert, series: str, hold: int, window: int) -> list[Scene]:
+    before = 7.0  # what happened before anybody looked is nobody's news
+    at = before + alert.limit
+    values = _spans((before, QUIET), (at, QUIET), (at + 1, 2 * window))
+    begin = 2 * QUIET
+    lowest_leaves = window + (QUIET if alert.limit > 0 else begin)
+    return [Scene("a rise", {series: values}, _from_when_to_when(begin, lowest_leaves, hold, MARGIN))]
+
+
+def _slope_scenes(alert: Alert, series: str, hold: int, window: int, since: int, per: Pace) -> list[Scene]:
+    base = 1e9
+    steep, flat = 1.3 * alert.limit * per, 0.9 * alert.limit * per
+    long = since + window + hold + MARGIN
+    growing = _ramp(base, flat, since) + _ramp(base + flat * since, steep, window + hold + MARGIN)
+    rest = _spans((growing[-1], window + MARGIN))
+    return [
+        Scene("growth that is too slow", {series: _ramp(base, flat, long)}, {since: None, long - 1: None}),
+        Scene(
+            "steep growth",
+            {series: growing + rest},
+            {since + hold - 1: "quiet", len(growing) - 1: "firing", len(growing) + window + MARGIN - 1: None},
+        ),
+        Scene(
+            "steep growth from birth",
+            {series: _ramp(base, steep, since + hold + 2 * MARGIN)},
+            {since - 1: None, since + hold - 1: "quiet", since + hold + MARGIN: "firing"},
+        ),
+    ]
+
+
+def _forecast_scenes(alert: Alert, series: str, hold: int, window: int, ahead: float) -> list[Scene]:
+    """A straight line whose forecast passes the limit at a known sample."""
+    crossing = window + QUIET
+    step = 1e6 if alert.comparator == ">" else -1e6
+    start = alert.limit - step * (ahead + crossing)
+    line = _ramp(start, step, crossing + hold + HELD_ON)
+    states: dict[int, str | None] = {
+        crossing - 1: None,
+        crossing + hold + MARGIN: "firing",
+        len(line) + window + MARGIN: None,
+    }
+    if hold:
+        states |= {crossing + MARGIN: "pending", crossing + hold - 1: "quiet"}
+    rest = _spans((line[-1], window + 2 * MARGIN))
+    young = _ramp(alert.limit, step, window + MARGIN)
+    return [
+        Scene("a line", {series: line + rest}, states),
+        Scene("a line too short to judge", {series: young}, {window - 1: None}),
+    ]
+
+
+def _share_scenes(alert: Alert, metric: Metric, whole: Metric, hold: int, window: int) -> list[Scene]:
+    labels = series_labels(alert)
+    where = dict(where_of(alert.condition))
+    own = {name: where[name][0] if name in where else f"some-{name}" for name in metric.labels}
+    part = _selected(metric, labels | own)
+    rest = _selected(whole, labels | {name: f"other-{name}" for name in whole.labels})
+    less, more = 0.9 * alert.limit, min(1.0, 1.2 * alert.limit)
+    long = window + MARGIN
+    shares = [less] * long + [more] * (window + hold + MARGIN) + [less] * long
+    first = 0.0 if metric is whole else 1.0  # the whole is the sum of its parts, where they are its parts
+    counted: Values = []
+    others: Values = []
+    counter = other = 0.0
+    for share in shares:
+        counted.append(round(counter, 6))
+        others.append(round(other, 6))
+        counter += share
+        other += 1.0 - share if first == 0.0 else 1.0
+    begin, end = long, long + window + hold + MARGIN
+    young = _ramp(0.0, more, window)
+    young_others = _ramp(0.0, 1.0 - more if first == 0.0 else 1.0, window)
+    return [
+        Scene(
+            "its share",
+            {part: counted, rest: others},
+            {begin: None, begin + hold: "quiet", end - 1: "firing", end + window + MARGIN - 1: None},
+        ),
+        Scene("too young to judge", {part: young, rest: young_others}, {window - 1: None}),
+    ]
+
+
+def _robust_scenes(
+    alert: Alert, series: str, sample: str, hold: int, window: int, slack: float
+) -> list[Scene]:
+    noise = (1.8, 2.0, 2.2, 2.1, 1.9)  # quartiles 1.9 and 2.1 around 2.0
+    sigma = 0.2 / 1.349 + slack * 2.0
+    calm, spike = 2.0 + 0.85 * alert.limit * sigma, 2.0 + 1.2 * alert.limit * sigma
+    young = window - 1
+    begin = window + QUIET
+    end = begin + hold + HELD_ON
+    values = _spans((spike, young), (calm, begin - young), (spike, end - begin), (calm, QUIET))
+    noisy: Values = list(islice(cycle(noise), len(values)))
+    return [
+        Scene(
+            "a spike",
+            {series: values, sample: noisy},
+            {young - 1: None, begin - 1: None, begin + hold: "firing", end - 1: "firing", end: None},
+        )
+    ]
+
+
+def _past_scenes(alert: Alert, series: str, hold: int, window: int, recent: int) -> list[Scene]:
+    old = recent + window + MARGIN
+    jump = recent + hold + MARGIN
+    higher = _spans((1.0, old), (3.0 * alert.limit, jump), (1.0, recent + MARGIN))
+    bearable = _spans((1.0, old), (0.9 * alert.limit, jump))
+    young = _spans((1.0, recent), (3.0 * alert.limit, window - MARGIN))
+    return [
+        Scene(
+            "a jump",
+            {series: higher},
+            {
+                old - 1: None,
+                old + hold - 1: "quiet",
+                old + jump - 1: "firing",
+                old + jump + recent + MARGIN - 1: None,
+            },
+        ),
+        Scene("a bearable rise", {series: bearable}, {old + jump - 1: None}),
+        Scene("too young to judge", {series: young}, {len(young) - 1: None}),
+    ]
+
+
+# ---- values ----------------------------------------------------------------------------------------------
+
+
+def _from_when_to_when(begin: int, end: int, hold: int, margin: int = 1) -> dict[int, str | None]:
+    """Holds from `begin` until before `end`: which states show it."""
+    states: dict[int, str | None] = {begin - 1: None, end: None}
+    if hold:
+        states[begin] = "pending"
+    if begin + hold < end - margin:
+        states |= {begin + hold: "firing", end - margin: "firing"}
+    return states
+
+
+def _ramp(start: float, step: float, samples: int) -> Values:
+    return [start + step * n for n in range(samples)]
+
+
+def _spans(*spans: tuple[float | None, int]) -> Values:
+    """Values, each for so many samples."""
+    return [value for value, samples in spans for _ in range(samples)]
+
+
+def _beside(scene: Scene, constants: Mapping[str, Values]) -> Scene:
+    """The scene with series that stay what they are all along."""
+    longest = max(map(len, scene.series.values()))
+    more = {series: values * longest for series, values in constants.items()}
+    return Scene(scene.what, scene.series | more, scene.states)
+
+
+def _series(alert: Alert, metric: Metric) -> str:
+    return _selected(metric, series_labels(alert))
+
+
+def _selected(metric: Metric, labels: Mapping[str, str]) -> str:
+    return metric.sample_name + _selector({name: labels[name] for name in metric.label_names})
+
+
+# ---- promtool's notation ---------------------------------------------------------------------------------
+
+
+def _as_promtool_test(alert: Alert, scene: Scene, pace: Pace) -> dict[str, Any]:
+    found = metric_of(alert.condition)
     labels = series_labels(alert)
     return {
-        "name": f"{alert.name}: {what}",
-        "interval": "1s",
-        "input_series": [{"series": alert.metric.sample_name + _selector(labels), "values": _values(spans)}],
+        "name": f"{alert.name}: {scene.what}",
+        "interval": f"{pace}s",
+        "input_series": [
+            {"series": series, "values": _values(values)} for series, values in scene.series.items()
+        ]
+        if found
+        else [],
         "promql_expr_test": [
             {
-                "expr": f'ALERTS{{alertname="{alert.name}"}}',
-                "eval_time": f"{at}s",
+                "expr": f'ALERTS{{alertname="{alert.name}"'
+                + (', alertstate="firing"}' if state == "quiet" else "}"),
+                "eval_time": f"{at * pace}s",
                 "exp_samples": []
-                if state is None
+                if state in (None, "quiet")
                 else [
                     {
                         "labels": "ALERTS"
                         + _selector(
-                            {"alertname": alert.name, "alertstate": state} | labels | rule_labels(alert)
+                            {"alertname": alert.name, "alertstate": str(state)} | labels | rule_labels(alert)
                         ),
                         "value": 1,
                     }
                 ],
             }
-            for at, state in sorted(states.items())
+            for at, state in sorted(scene.states.items())
         ],
     }
 
 
-def _values(spans: Sequence[Span]) -> str:
-    """Promtool's notation: `v+0xN` is N + 1 samples of v, `_xN` is N missing ones."""
-    return " ".join(
-        f"_x{seconds}" if value is None else f"{plain_number(value)}+0x{seconds - 1}"
-        for value, seconds in spans
-        if seconds
-    )
+def _values(values: Iterable[float | None]) -> str:
+    """`v+0xN` is N + 1 samples of v, `_xN` is N missing ones."""
+    out = []
+    for value, same in groupby(values):
+        samples = len(list(same))
+        out.append(f"_x{samples}" if value is None else f"{plain_number(value)}+0x{samples - 1}")
+    return " ".join(out)
 
 
-def _selector(labels: dict[str, str]) -> str:
+def _selector(labels: Mapping[str, str]) -> str:
     return "{" + ", ".join(f'{name}="{value}"' for name, value in labels.items()) + "}"

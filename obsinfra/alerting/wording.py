@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 
 from obsinfra.catalog.alerts import Alert
+from obsinfra.catalog.conditions import Always, Increase, Multiple
+from obsinfra.catalog.metrics import STEP
 
 
 def plain_number(value: float) -> str:
@@ -30,15 +32,34 @@ def threshold_text(alert: Alert) -> str:
     return f"{plain_number(alert.threshold)} {alert.threshold_unit}".rstrip()
 
 
+def step_template() -> str:
+    """A Prometheus template that looks up the step the alert's run has reached; empty without one."""
+    asked = f'query (printf "max({STEP.sample_name}{{run=%q}})" .)'
+    answer = '{{ . | first | value | printf "%.0f" }}'
+    return f"{{{{ with $labels.run }}}}{{{{ with {asked} }}}}{answer}{{{{ end }}}}{{{{ end }}}}"
+
+
 def value_template(alert: Alert) -> str:
     """A Prometheus template that writes the alert's value in the unit people know it by."""
-    if alert.increase_seconds:
-        # increase() extrapolates to the edges of the window: one event shows as 1.05.
-        return f'{{{{ $value | printf "%.0f" }}}} within {plain_number(alert.increase_seconds)} s'
-    if alert.threshold_unit == "%":
-        return "{{ $value | humanizePercentage }}"
-    if alert.threshold_unit == "s":
-        return "{{ $value | humanizeDuration }}"
-    if alert.threshold_unit:
-        return f'{{{{ $value | printf "%.1f" }}}} {alert.threshold_unit}'
+    match alert.condition:
+        case Always():
+            return ""
+        case Increase(_, window_seconds, _):
+            # increase() extrapolates to the edges of the window: one event shows as 1.05.
+            return f'{{{{ $value | printf "%.0f" }}}} within {plain_number(window_seconds)} s'
+        case Multiple():
+            return "{{ $value | humanizeDuration }}"
+    unit = alert.threshold_unit
+    if unit in _TEMPLATES:
+        return _TEMPLATES[unit]
+    if unit:
+        return f'{{{{ $value | printf "%.1f" }}}} {unit}'
     return "{{ $value | humanize }}"
+
+
+_TEMPLATES = {
+    "%": "{{ $value | humanizePercentage }}",
+    "s": "{{ $value | humanizeDuration }}",
+    "GB": "{{ $value | humanize }}B",
+    "MB/h": "{{ $value | humanize }}B/s",
+}

@@ -6,7 +6,7 @@ Useful alone in any PyTorch loop, and what the observation floor saves through. 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from obsinfra.backup import tags
+from obsinfra.backup.compression import Compression
 from obsinfra.backup.file_layer import FileLayer
 from obsinfra.backup.manifest import Head, Manifest
 from obsinfra.backup.retention import Retention, prune, with_room
@@ -38,7 +39,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SavedCheckpoint:
-    """What a save did. `bytes_written` counts only chunks that were new to the store."""
+    """What a save did. `bytes_written` counts only chunks that were new to the store, as they lie on disk."""
 
     path: Path
     id: str
@@ -96,6 +97,7 @@ def create_backup_system(
     best_mode: Literal["min", "max"] = "min",
     run: str = "",
     files: FileLayer | None = None,
+    compression: Compression = "off",
 ) -> BackupSystem:
     """A backup system over `directory`, which is created at the first save.
 
@@ -104,12 +106,15 @@ def create_backup_system(
             `Retention`: emergencies stay until somebody confirms them, unless the disk is full.
         run: run id written into manifests.
         files: how writes reach the disk; for fault injection.
+        compression: `auto` compresses, with zstd, tensors of which a sample shrinks by at least a quarter:
+            zeros, indices, masks; not the noise in weights. Either kind of checkpoint can be read, and shares
+            its chunks with the other. Whether there is space is still judged by the uncompressed size.
 
     Raises:
-        ValueError: a count is less than one, or the mode unknown.
+        ValueError: a count is less than one, or the mode or the compression unknown.
     """
     policy = Retention(keep_last, keep_every, keep_best, best_metric, best_mode, keep_emergency)
-    return BackupSystem(CheckpointStore(Path(directory), files), policy, run)
+    return BackupSystem(CheckpointStore(Path(directory), files, compression=compression), policy, run)
 
 
 class BackupSystem:
@@ -189,6 +194,21 @@ class BackupSystem:
         if checkpoint is not None:
             manifest = self.store.read_manifest(self.find(checkpoint))
             return LoadedCheckpoint(read_state(self.store, manifest), manifest)
+        loaded, damaged = self.load_newest(lambda manifest: manifest.resumable)
+        if loaded is None:
+            raise CheckpointError(
+                f"no sound checkpoint in {self.store.root}{damaged}",
+                "at least one",
+                "start a new run, or copy a sound checkpoint there",
+            )
+        return loaded
+
+    def load_newest(self, wanted: Callable[[Manifest], bool]) -> tuple[LoadedCheckpoint | None, str]:
+        """The newest sound one that is `wanted`, read and verified; damaged ones are passed over.
+
+        Returns:
+            It, or None; and for a message about None how many were damaged, and how the first.
+        """
         seen: set[Path] = set()
         problems: dict[Path, str] = {}
         # A writer may prune what was listed while it is being read; what it saved instead is there then.
@@ -196,21 +216,16 @@ class BackupSystem:
             seen.update(fresh)
             candidates = tags.readable(self.store, fresh, problems)
             for manifest in reversed(candidates):
-                if not manifest.attributes.get("resumable", True):
+                if not wanted(manifest):
                     continue
                 try:
                     state = read_state(self.store, manifest)
                 except CheckpointError as error:
                     problems[manifest.path] = str(error)
                     continue
-                return LoadedCheckpoint(state, manifest, self._skipped(problems, manifest.step))
+                return LoadedCheckpoint(state, manifest, self._skipped(problems, manifest.step)), ""
         damaged = [problem for path, problem in problems.items() if path.exists()]
-        raise CheckpointError(
-            f"no sound checkpoint in {self.store.root}"
-            + (f" ({len(damaged)} damaged: {damaged[0]})" if damaged else ""),
-            "at least one",
-            "start a new run, or copy a sound checkpoint there",
-        )
+        return None, f" ({len(damaged)} damaged: {damaged[0]})" if damaged else ""
 
     def _skipped(self, problems: Mapping[Path, str], step: int) -> tuple[Verification, ...]:
         """Of the damaged ones, newest first, those still there and not older than `step` by their names."""

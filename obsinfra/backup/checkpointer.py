@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from obsinfra.backup.backup_system import Kind, SavedCheckpoint
+from obsinfra.backup.compression import Compression, check_compression
 from obsinfra.backup.heir import HEIR_LOCK
 from obsinfra.backup.heir import wait_for_heir as wait_for_heir  # for those who only know this module
 from obsinfra.backup.retention import Retention, prune
@@ -62,6 +63,7 @@ def create_checkpointer(
     retention: Retention | None = None,
     nice: int = 10,
     threads: int = 2,
+    compression: Compression = "off",
 ) -> Checkpointer:
     """A checkpointer over `directory`, which is created with the first snapshot.
 
@@ -73,9 +75,11 @@ def create_checkpointer(
             little space. None: nothing is removed.
         nice: added to the writer's niceness.
         threads: how many tensors the writer hashes and writes at a time.
+        compression: as for `create_backup_system`; it is the writer's work.
 
     Raises:
         OSError: no shared memory can be made.
+        ValueError: no such compression.
     """
     return Checkpointer(
         Path(directory).absolute(),
@@ -85,6 +89,7 @@ def create_checkpointer(
         retention=retention,
         nice=nice,
         threads=threads,
+        compression=compression,
     )
 
 
@@ -164,7 +169,9 @@ class Checkpointer:
         retention: Retention | None,
         nice: int,
         threads: int,
+        compression: Compression,
     ) -> None:
+        check_compression(compression)
         self.directory = directory
         self.writer_restarts = 0
         self._run = run
@@ -173,6 +180,7 @@ class Checkpointer:
         self._retention = retention
         self._nice = nice
         self._threads = threads
+        self._compression: Compression = compression
         self._log = get_logger("system")
         self._versions = code_versions()
         self._snapshots = SharedSnapshots(directory)
@@ -490,6 +498,7 @@ class Checkpointer:
                 committed=self._committed,
                 nice=self._nice,
                 threads=self._threads,
+                compression=self._compression,
                 log_path=str(self._log_path or ""),
                 retention=asdict(self._retention) if self._retention is not None else None,
             )
@@ -579,7 +588,8 @@ class Checkpointer:
         try:
             assert request.slot is not None
             slot = SlotReader(self._snapshots.fds[request.slot])
-            outcome = commit_slot(CheckpointStore(self.directory), slot, _order(request), self._retention)
+            store = CheckpointStore(self.directory, compression=self._compression)
+            outcome = commit_slot(store, slot, _order(request), self._retention)
         except (OSError, CheckpointError) as error:
             outcome = error
         except Exception as error:

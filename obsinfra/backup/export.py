@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -25,12 +25,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from obsinfra.backup import tags
 from obsinfra.backup.backup_system import BackupSystem, SavedCheckpoint
+from obsinfra.backup.dcp_whole import read_any_state
 from obsinfra.errors import CheckpointError
 from obsinfra.run.files import fsync_folder
 
 Format = Literal["safetensors", "torch", "dcp"]
 WHOLE = "all"
 """The part that is the whole state."""
+_NOTES = ("format", "obsinfra_checkpoint", "step")
+"""What a safetensors file's metadata says besides names; the first is what Hugging Face's loaders ask for."""
 
 
 def export(
@@ -45,11 +48,14 @@ def export(
     """Write a checkpoint in another format, every byte verified on the way; whole or not at all.
 
     Args:
-        checkpoint: a manifest's path, or a name as `BackupSystem.find` takes it.
+        checkpoint: a manifest's path, or a name as `BackupSystem.find` takes it; of either kind. Of a
+            distributed one the shards are put together, for which all of it must fit into memory.
         target: a file, for `dcp` a folder; its parent must exist.
         form: `safetensors` holds tensors only, under their names joined by dots, and loads in the safetensors
-            library and in Hugging Face's loaders. `torch` loads with `torch.load(weights_only=True)`; arrays
-            become tensors in it. `dcp` loads with `torch.distributed.checkpoint`.
+            library and in Hugging Face's loaders. A tensor of several names, as tied weights are, is in it
+            once, as `huggingface_hub.save_torch_model` does it; see `without_duplicates`. `torch` loads with
+            `torch.load(weights_only=True)`; arrays become tensors in it. `dcp` loads with
+            `torch.distributed.checkpoint`.
         part: which top entry of the state, or `all`.
         replace: put it in the place of a `target` of the same kind.
 
@@ -63,9 +69,9 @@ def export(
     if form not in get_args(Format):
         raise CheckpointError(f"format {form!r}", f"one of {', '.join(get_args(Format))}")
     _check_target(target, form, replace)
-    loaded = backup.load(backup.find(checkpoint))
-    name = loaded.info.path.stem
-    state = loaded.state
+    manifest = backup.store.read_manifest(backup.find(checkpoint))
+    name = manifest.path.stem
+    state = read_any_state(backup.store, manifest)
     if part != WHOLE:
         if not isinstance(state, Mapping) or part not in state:
             known = ", ".join(map(str, state)) if isinstance(state, Mapping) else "none"
@@ -74,8 +80,9 @@ def export(
     with _whole(target) as temporary:
         try:
             if form == "safetensors":
-                notes = {"format": "pt", "obsinfra_checkpoint": name, "step": str(loaded.info.step)}
-                save_file(named_tensors(state, name), temporary, notes)
+                tensors, left_out = without_duplicates(named_tensors(state, name))
+                notes = dict(zip(_NOTES, ("pt", name, str(manifest.step)), strict=True))
+                save_file(tensors, temporary, left_out | notes)
             elif form == "torch":
                 _save_torch(_without_numpy(state), temporary)
             else:
@@ -94,7 +101,8 @@ def import_file(
 ) -> SavedCheckpoint:
     """Commit a safetensors or torch file as a new, tagged checkpoint.
 
-    A mapping with an entry `model` becomes the state as it is, anything else its `model`. A run cannot resume
+    A mapping with an entry `model` becomes the state as it is, anything else its `model`. Names that
+    `without_duplicates` or Hugging Face left out of a safetensors file are there again. A run cannot resume
     from it, since it has no position in any data; it loads by its name and by its tag.
 
     Args:
@@ -146,6 +154,26 @@ def named_tensors(state: Any, name: str = "the state") -> dict[str, Tensor]:
     return found
 
 
+def without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor under one name only, the first in alphabetical order: safetensors takes no shared memory.
+
+    Only names of one and the same tensor fall together, never names of tensors that happen to be equal.
+
+    Returns:
+        The tensors, and for every name that was left out the one that stands for it. Both as
+        `huggingface_hub.save_torch_model` has them in a file and its metadata: a model that ties these
+        weights loads whole in `from_pretrained`, `huggingface_hub.load_torch_model` and
+        `safetensors.torch.load_model`.
+    """
+    names: dict[int, str] = {}
+    left_out: dict[str, str] = {}
+    for name in sorted(tensors):
+        first = names.setdefault(id(tensors[name]), name)
+        if first != name:
+            left_out[name] = first
+    return {name: tensor for name, tensor in tensors.items() if name not in left_out}, left_out
+
+
 def leaves(state: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Everything in a nested state that is no dict, list or tuple, with the keys and indices to it."""
     if isinstance(state, Mapping):
@@ -174,7 +202,14 @@ def _check_target(target: Path, form: Format, replace: bool) -> None:
 def _read_foreign(source: Path) -> Any:
     if source.suffix == ".safetensors":
         try:
-            return load_file(source)
+            tensors = load_file(source)
+            with safe_open(source, "pt") as file:
+                notes = file.metadata() or {}
+            return tensors | {
+                name: tensors[kept]
+                for name, kept in notes.items()
+                if name not in tensors and kept in tensors and name not in _NOTES
+            }
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {source}: {error}", "a whole safetensors file") from error
     try:

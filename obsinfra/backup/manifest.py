@@ -18,6 +18,11 @@ from typing import Any
 from obsinfra.errors import CheckpointError
 
 SCHEMA = 1
+"""Of a checkpoint none of whose chunks is compressed: any version of obsinfra reads it."""
+
+COMPRESSED_SCHEMA = 2
+"""Of a checkpoint some of whose chunks may lie compressed. The text is the same; the number makes versions
+that know of no compression say so, instead of missing the chunks, and keeps them from removing any."""
 
 DISTRIBUTED = "dcp"
 """The type mark `$` of a distributed checkpoint's document, which `state_tree` does not know."""
@@ -51,6 +56,7 @@ class Manifest:
         versions: obsinfra, torch and Python that wrote it.
         state: the JSON document of `state_tree`.
         tensors: what the document refers to.
+        schema: `SCHEMA` or `COMPRESSED_SCHEMA`.
     """
 
     path: Path
@@ -67,6 +73,7 @@ class Manifest:
     versions: Mapping[str, str]
     state: Any = field(repr=False)
     tensors: tuple[TensorEntry, ...] = field(repr=False)
+    schema: int = SCHEMA
 
     @property
     def bytes_total(self) -> int:
@@ -77,6 +84,11 @@ class Manifest:
     def distributed(self) -> bool:
         """Whether its state is one of `torch.distributed.checkpoint`, for `dcp` to read."""
         return isinstance(self.state, dict) and self.state.get("$") == DISTRIBUTED
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run goes on from it without being asked to by name; true unless it says otherwise."""
+        return bool(self.attributes.get("resumable", True))
 
     def chunks(self) -> set[str]:
         """Hashes of every chunk it needs."""
@@ -108,10 +120,16 @@ class Head:
                 f"attributes {self.attributes!r} are not JSON: {error}", "plain JSON values"
             ) from error
 
-    def body(self, parent: str | None, document: Any, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
-        """The manifest's JSON object, with an id and the present time."""
+    def body(
+        self, parent: str | None, document: Any, tensors: Sequence[TensorEntry], *, compressed: bool = False
+    ) -> dict[str, Any]:
+        """The manifest's JSON object, with an id and the present time.
+
+        Args:
+            compressed: whether one of the chunks is.
+        """
         return {
-            "schema": SCHEMA,
+            "schema": COMPRESSED_SCHEMA if compressed else SCHEMA,
             "id": secrets.token_hex(4),
             "run": self.run,
             "kind": self.kind,
@@ -163,7 +181,7 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
     """Read and check a manifest's text.
 
     Raises:
-        CheckpointError: damaged, malformed, or of another schema.
+        CheckpointError: damaged, malformed, of another schema, or of another checkpoint than its file is.
     """
     try:
         text = unsealed(raw)
@@ -175,16 +193,22 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
         body = None
     if not isinstance(body, dict):
         raise CheckpointError(f"manifest {path.name} is not a JSON object", "a checkpoint manifest")
-    if body.get("schema") != SCHEMA:
+    if body.get("schema") not in (SCHEMA, COMPRESSED_SCHEMA):
         raise CheckpointError(
             f"{path.name} has schema {body.get('schema')}",
-            f"schema {SCHEMA}",
+            f"schema {SCHEMA} or {COMPRESSED_SCHEMA}",
             "use the version of obsinfra that wrote it, or a newer one",
         )
     try:
-        return manifest_of(path, body)
+        manifest = manifest_of(path, body)
+        name = file_name(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path.name} is malformed: {error!r}", "a checkpoint manifest") from error
+    if path.name != name:
+        raise CheckpointError(
+            f"manifest {path.name} is that of {name}", "a file with its own name", "give it its name back"
+        )
+    return manifest
 
 
 def manifest_of(path: Path, body: Mapping[str, Any]) -> Manifest:
@@ -209,6 +233,7 @@ def manifest_of(path: Path, body: Mapping[str, Any]) -> Manifest:
             )
             for e in body["tensors"]
         ),
+        schema=int(body["schema"]),
     )
 
 

@@ -24,7 +24,9 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from obsinfra.backup import tags
+from obsinfra.backup.compression import SUFFIX
 from obsinfra.backup.manifest import Manifest, parse_manifest
+from obsinfra.backup.objects import content_of, digest_of
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.errors import CheckpointError, ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger
@@ -161,8 +163,9 @@ class Remote:
         return {name: found[name] for name in sorted(found) if _MANIFEST.fullmatch(name)}
 
     def objects(self) -> dict[str, int]:
-        """Digests of the chunks there, and their sizes; what they contain is not looked at."""
-        return {name: size for name, size in self._list("objects").items() if _DIGEST.fullmatch(name)}
+        """File names of the chunks there, and their sizes; what they contain is not looked at."""
+        found = self._list("objects")
+        return {name: size for name, size in found.items() if _DIGEST.fullmatch(digest_of(name))}
 
     def read_manifest(self, name: str) -> bytes:
         """The text of a manifest's file; not checked."""
@@ -170,36 +173,45 @@ class Remote:
             return bytes(self._files.cat_file(f"{self._root}/manifests/{name}"))
 
     def read_objects(self, digests: Sequence[str]) -> dict[str, bytes]:
-        """Chunks, each one's hash checked.
+        """Chunks by the names of their files, compressed where they are, each one's content verified.
 
         Raises:
             CheckpointError: a chunk there is damaged.
             RemoteError: one is not there.
         """
-        places = {self._place(digest): digest for digest in digests}
+        files: dict[str, bytes] = {}
         with self._reaching():
-            if len(places) == 1:  # `cat` answers with bare bytes then
-                found = {place: self._files.cat_file(place) for place in places}
-            else:
-                found = self._files.cat(list(places))
-        chunks = {digest: bytes(found[place]) for place, digest in places.items()}
-        for digest, chunk in chunks.items():
-            if hashlib.sha256(chunk).hexdigest() != digest:
-                raise CheckpointError(f"chunk {digest[:12]} at {self.url} is damaged", "its own content")
-        return chunks
+            missing = list(digests)
+            for suffix in ("", SUFFIX):
+                places = {self._place(digest + suffix): digest + suffix for digest in missing}
+                found = self._files.cat(list(places), on_error="return") if places else {}
+                for place, name in places.items():
+                    if not isinstance(found[place], Exception):
+                        files[name] = bytes(found[place])
+                        missing.remove(digest_of(name))
+                    elif suffix or not isinstance(found[place], FileNotFoundError):
+                        raise found[place]
+        for name, data in files.items():
+            try:
+                content_of(name, data)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"chunk {name[:12]} at {self.url} is damaged", "its own content"
+                ) from error
+        return files
 
-    def write_objects(self, chunks: Mapping[str, bytes]) -> None:
-        """Upload chunks by their digests."""
+    def write_objects(self, files: Mapping[str, bytes]) -> None:
+        """Upload chunks by the names of their files."""
         with self._reaching():
-            self._files.pipe({self._place(digest): chunk for digest, chunk in chunks.items()})
+            self._files.pipe({self._place(name): data for name, data in files.items()})
 
     def write_manifest(self, name: str, raw: bytes) -> None:
         """Upload a manifest, after all its chunks."""
         with self._reaching():
             self._files.pipe_file(f"{self._root}/manifests/{name}", raw)
 
-    def _place(self, digest: str) -> str:
-        return f"{self._root}/objects/{digest[:2]}/{digest}"
+    def _place(self, name: str) -> str:
+        return f"{self._root}/objects/{name[:2]}/{name}"
 
     def _list(self, folder: str) -> dict[str, int]:
         with self._reaching():
@@ -258,23 +270,24 @@ def push(
         objects: dict[str, int] = {}
     else:
         objects = remote.objects()
-    sizes = {digest: size for manifest in missing for digest, size in _sizes_here(store, manifest).items()}
-    total = sum(size for digest, size in sizes.items() if objects.get(digest) != size)
+    files = {name: size for manifest in missing for name, size in _files_here(store, manifest).items()}
+    total = sum(size for name, size in files.items() if objects.get(name) != size)
     count = sent = 0
     copied: list[str] = []
     for manifest in missing:
-        wanted = [digest for digest in sorted(manifest.chunks()) if objects.get(digest, -1) != sizes[digest]]
+        here = _files_here(store, manifest)
+        wanted = [digest_of(name) for name, size in here.items() if objects.get(name, -1) != size]
         try:
             raw = manifest.path.read_bytes()
             for start in range(0, len(wanted), BATCH):
                 if stopping():
                     return Transfer(tuple(copied), count, sent)
-                batch = {
-                    digest: store.objects.read(digest, manifest.path.name)
+                batch = dict(
+                    store.objects.read_file(digest, manifest.path.name)
                     for digest in wanted[start : start + BATCH]
-                }
+                )
                 remote.write_objects(batch)
-                objects.update({digest: len(chunk) for digest, chunk in batch.items()})
+                objects.update({name: len(data) for name, data in batch.items()})
                 count += len(batch)
                 sent += sum(map(len, batch.values()))
                 if progress is not None:
@@ -372,7 +385,7 @@ def fetch(
         try:
             raw = remote.read_manifest(name)
             manifest = parse_manifest(raw, store.manifests / name)
-            if named is None and not manifest.attributes.get("resumable", True):
+            if named is None and not manifest.resumable:
                 continue
             _pull_one(remote, store, manifest, raw, progress)
             return manifest.path
@@ -670,13 +683,14 @@ def _pull_one(
     count = received = 0
     with store.sharing():
         wanted = _absent(store, manifest)
-        here = sum(size for digest, size in _sizes_here(store, manifest).items() if digest not in wanted)
+        files = _files_here(store, manifest)
+        here = sum(size for name, size in files.items() if digest_of(name) not in wanted)
         total = max(0, manifest.bytes_total - here)  # at most: equal chunks are there once
         store.check_space(total)
         for start in range(0, len(wanted), BATCH):
-            for chunk in remote.read_objects(wanted[start : start + BATCH]).values():
-                store.objects.put(memoryview(chunk), made)
-                count, received = count + 1, received + len(chunk)
+            for name, data in remote.read_objects(wanted[start : start + BATCH]).items():
+                store.objects.put_file(name, data, made)
+                count, received = count + 1, received + len(data)
             if progress is not None:
                 progress(received, max(received, total))
         store.objects.sync(manifest.chunks())
@@ -687,13 +701,13 @@ def _pull_one(
 
 def _absent(store: CheckpointStore, manifest: Manifest) -> list[str]:
     """Chunks that are not here whole."""
-    sizes = _sizes_here(store, manifest)
-    return [digest for digest, size in sizes.items() if not store.objects.is_sound(digest, size)]
+    return [digest for digest in sorted(manifest.chunks()) if not store.objects.is_sound(digest)]
 
 
-def _sizes_here(store: CheckpointStore, manifest: Manifest) -> dict[str, int]:
-    """Size of each chunk's file; 0 where there is none, which no chunk has."""
-    return {digest: max(0, _size(store.objects.path(digest))) for digest in sorted(manifest.chunks())}
+def _files_here(store: CheckpointStore, manifest: Manifest) -> dict[str, int]:
+    """Each chunk's file and its size; 0 where there is none, which no chunk has."""
+    paths = (store.objects.path(digest) for digest in sorted(manifest.chunks()))
+    return {path.name: max(0, _size(path)) for path in paths}
 
 
 def _choose(remote: Remote, names: Sequence[str], wanted: str) -> str:

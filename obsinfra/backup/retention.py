@@ -10,6 +10,7 @@ import errno
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -150,21 +151,12 @@ def doomed(store: CheckpointStore, policy: Retention, last_saved: Path | None = 
     keep |= {last_saved} if last_saved is not None else set()
     keep |= {path} if (path := _committed_last(manifests)) is not None else set()
     going = [manifest for manifest in manifests if manifest.path not in keep]
-    for usable in (_resumable, _distributed):
-        if any(usable(manifest) for manifest in going):  # else none of them can be the one that must stay
-            sound = newest_sound(store, [m for m in manifests if usable(m)], last_saved)
+    for kind in ("resumable", "distributed"):
+        usable = attrgetter(kind)
+        if any(map(usable, going)):  # else none of them can be the one that must stay
+            sound = newest_sound(store, list(filter(usable, manifests)), last_saved)
             going = [manifest for manifest in going if sound is None or manifest.path != sound.path]
     return going
-
-
-def _resumable(manifest: Manifest) -> bool:
-    """Whether `BackupSystem.load` takes it without being asked for it by name."""
-    return bool(manifest.attributes.get("resumable", True))
-
-
-def _distributed(manifest: Manifest) -> bool:
-    """Whether `dcp.load` does."""
-    return manifest.distributed
 
 
 def newest_sound(

@@ -24,13 +24,14 @@ def encode(state: Any) -> tuple[Any, list[Tensor]]:
     """Turn `state` into a JSON-able document and the tensors it refers to by index.
 
     Takes nested dicts (keys: str, int, bool, None, float), lists, tuples, None, bool, int of any size, float
-    (NaN and infinities too), str, bytes, dense tensors, and NumPy arrays and scalars of plain types.
+    (NaN and infinities too), str, bytes, dense tensors, and NumPy arrays and scalars of plain types. A tensor
+    that is in several places, as tied weights are, is kept once, and `decode` puts one tensor in all of them.
 
     Raises:
         CheckpointError: a value of another type; it names the place.
     """
-    tensors: list[Tensor] = []
-    return _encode(state, "state", tensors), tensors
+    tensors = _Tensors()
+    return _encode(state, "state", tensors), tensors.kept
 
 
 def decode(document: Any, tensors: list[Tensor]) -> Any:
@@ -47,11 +48,39 @@ def decode(document: Any, tensors: list[Tensor]) -> Any:
         ) from error
 
 
-def _encode(value: Any, path: str, tensors: list[Tensor]) -> Any:
+class _Tensors:
+    """The tensors met so far, each once. All are kept alive, so that none comes to lie where another was."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def keep(self, tensor: Tensor) -> int:
+        """Its number."""
+        number = len(self.kept)
+        first = self._numbers.setdefault(tensor.data_ptr(), number)
+        if first != number and _same_elements(tensor, self.kept[first]):
+            return first
+        self.kept.append(tensor)
+        return number
+
+
+def _same_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors that begin at the same address are the same part of it, seen in the same way."""
+
+    def view(tensor: Tensor) -> tuple[Any, ...]:
+        marks = tensor.is_conj(), tensor.is_neg()
+        return tensor.device, tensor.dtype, tensor.shape, tensor.stride(), *marks
+
+    # One without memory of its own, as a subclass that wraps others may be, is at address 0.
+    return one.data_ptr() != 0 and one.numel() > 0 and view(one) == view(other)
+
+
+def _encode(value: Any, path: str, tensors: _Tensors) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, np.generic):
-        return {"$": "numpy_scalar", "tensor": _keep(_as_tensor(np.array(value), path), tensors)}
+        return {"$": "numpy_scalar", "tensor": tensors.keep(_as_tensor(np.array(value), path))}
     if isinstance(value, int):
         return value if -_JSON_INT <= value <= _JSON_INT else {"$": "int", "text": hex(value)}
     if isinstance(value, float):
@@ -62,7 +91,7 @@ def _encode(value: Any, path: str, tensors: list[Tensor]) -> Any:
                 f"{path} is a {value.layout} tensor of {value.dtype} on {value.device}",
                 "a dense tensor, not quantized, with its data",
             )
-        return {"$": "tensor", "tensor": _keep(value.detach(), tensors)}
+        return {"$": "tensor", "tensor": tensors.keep(value.detach())}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value) and "$" not in value:
             return {key: _encode(item, f"{path}.{key}", tensors) for key, item in value.items()}
@@ -81,7 +110,7 @@ def _encode(value: Any, path: str, tensors: list[Tensor]) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return {"$": "bytes", "base64": base64.b64encode(bytes(value)).decode("ascii")}
     if isinstance(value, np.ndarray):
-        return {"$": "ndarray", "tensor": _keep(_as_tensor(value, path), tensors)}
+        return {"$": "ndarray", "tensor": tensors.keep(_as_tensor(value, path))}
     raise CheckpointError(
         f"{path} is a {type(value).__module__}.{type(value).__qualname__}",
         "tensors, arrays, numbers, text, bytes, and dicts, lists or tuples of them",
@@ -103,13 +132,8 @@ def _encode_key(key: Any, path: str) -> Any:
     if isinstance(key, np.generic):
         key = key.item()  # equal, with an equal hash
     if key is None or isinstance(key, (str, int, float)):
-        return _encode(key, path, [])
+        return _encode(key, path, _Tensors())
     raise CheckpointError(f"{path} has a key {key!r} of type {type(key).__name__}", "text or a number")
-
-
-def _keep(tensor: Tensor, tensors: list[Tensor]) -> int:
-    tensors.append(tensor)
-    return len(tensors) - 1
 
 
 def _decode(value: Any, tensors: list[Tensor]) -> Any:

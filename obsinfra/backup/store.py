@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any
 
+from obsinfra.backup.compression import Compression, check_compression, judge
 from obsinfra.backup.file_layer import FileLayer, OperatingSystemFiles
 from obsinfra.backup.manifest import (
+    SCHEMA,
     Head,
     Manifest,
     TensorEntry,
@@ -26,7 +29,7 @@ from obsinfra.backup.manifest import (
     parse_manifest,
     sealed,
 )
-from obsinfra.backup.objects import CHUNK_BYTES, ObjectStore, write_whole
+from obsinfra.backup.objects import CHUNK_BYTES, ObjectStore, digest_of, write_whole
 from obsinfra.errors import CheckpointError
 
 SPACE_MARGIN_BYTES = 8 * 2**20
@@ -51,11 +54,25 @@ class CheckpointStore:
         root: the folder; created when first written.
         files: how writes reach the disk.
         threads: how many tensors are hashed and written at a time; with 1, in order.
+        compression: `auto` compresses the chunks of tensors for which a sample says that it pays (see
+            `compression`), when they are written; what is read may be either, whatever this says.
+
+    Raises:
+        ValueError: no such compression.
     """
 
-    def __init__(self, root: Path, files: FileLayer | None = None, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: FileLayer | None = None,
+        *,
+        threads: int = 1,
+        compression: Compression = "off",
+    ) -> None:
+        check_compression(compression)
         self.root = root
         self._threads = threads
+        self._compression: Compression = compression
         self._committed: Manifest | None = None
         self.manifests = root / "manifests"
         self._files = files or OperatingSystemFiles()
@@ -139,7 +156,7 @@ class CheckpointStore:
             tensors: their bytes must not change meanwhile.
 
         Returns:
-            The manifest and the bytes of new chunks.
+            The manifest and the bytes of new chunks, as they lie on the disk.
 
         Raises:
             CheckpointError: too little free space.
@@ -195,13 +212,17 @@ class CheckpointStore:
         """
         path = self.manifests / name
         manifest = parse_manifest(raw, path)
-        if f"{manifest.step:012d}-{manifest.kind}-{manifest.id}.json" != name:
-            raise CheckpointError(f"manifest {name} is that of another checkpoint", "its own")
         for digest in sorted(manifest.chunks()):
             if not self.objects.path(digest).exists():
                 raise CheckpointError(f"{name}: chunk {digest[:12]} is not here", "every chunk it names")
         made: list[Path] = []
         try:
+            if manifest.schema == SCHEMA:  # versions that know no compression would miss the chunk
+                packed = {digest for digest in manifest.chunks() if self.objects.is_compressed(digest)}
+                for digest in sorted(packed):
+                    self.objects.expand(digest, made)
+                if packed:
+                    self.objects.sync(packed)
             write_whole(self._files, path.with_suffix(".tmp"), path, memoryview(raw), made)
             self._files.sync_folder(self.manifests)
         except BaseException:
@@ -225,43 +246,55 @@ class CheckpointStore:
         likely = _counterparts(tensors, parent)
         if self._threads > 1:  # so that one thread hashes while another waits for the disk
             with ThreadPoolExecutor(self._threads, "obsinfra-chunks") as pool:  # ends all, whatever fails
-                results = list(pool.map(self.write_tensor, tensors, repeat(made), likely))
+                results = list(pool.map(self._write_tensor, tensors, repeat(made), likely, repeat(True)))
         else:
-            results = list(map(self.write_tensor, tensors, repeat(made), likely))
+            results = list(map(self._write_tensor, tensors, repeat(made), likely, repeat(True)))
         entries = [entry for entry, _ in results]
         durable = parent.chunks() if parent is not None else set()  # before its manifest was there
         untouched = {digest for entry, fresh in results if not fresh for digest in entry.chunks}
         self.objects.sync({digest for entry in entries for digest in entry.chunks} - (durable & untouched))
         manifest = self._seal(head, document, entries, made)
         self._committed = manifest
+        self.objects.remember_only(manifest.chunks())
         return manifest, sum(fresh for _, fresh in results)
 
-    def write_tensor(
-        self, tensor: RawTensor, made: list[Path], likely: Sequence[str] = ()
-    ) -> tuple[TensorEntry, int]:
+    def write_tensor(self, tensor: RawTensor, made: list[Path]) -> tuple[TensorEntry, int]:
         """Write a tensor's chunks; durable after `objects.sync`.
 
         Args:
             made: gets every file that was not there before.
-            likely: digests of the chunks it had before, of which most may be as they were.
 
         Returns:
-            What a manifest says of it, and the bytes of new chunks.
+            What a manifest says of it, and the bytes of new chunks, as they lie on the disk.
         """
+        return self._write_tensor(tensor, made, (), False)
+
+    def _write_tensor(
+        self, tensor: RawTensor, made: list[Path], likely: Sequence[str], remember: bool
+    ) -> tuple[TensorEntry, int]:
+        """As `write_tensor`; `likely` are its chunks of before, which were remembered."""
         written = 0
         chunks: list[str] = []
+        worth_it = judge(self._compression, tensor.data)
         for start in range(0, len(tensor.data), CHUNK_BYTES):
             before = likely[len(chunks)] if len(chunks) < len(likely) else None
-            digest, fresh = self.objects.put(tensor.data[start : start + CHUNK_BYTES], made, before)
+            chunk = tensor.data[start : start + CHUNK_BYTES]
+            digest, fresh = self.objects.put(chunk, made, before, worth_it, remember=remember)
             chunks.append(digest)
             written += fresh
         return TensorEntry(tensor.dtype, tensor.shape, len(tensor.data), tuple(chunks)), written
 
     def _seal(self, head: Head, document: Any, entries: Sequence[TensorEntry], made: list[Path]) -> Manifest:
         """Write the manifest of chunks that are durable."""
-        body = head.body(self._latest_id(), document, entries)
+        digests = {digest for entry in entries for digest in entry.chunks}
+        compressed = any(map(self.objects.is_compressed, digests))
+        before = self._latest_path()
+        parent = before.stem.rpartition("-")[2] if before is not None else None
+        body = head.body(parent, document, entries, compressed=compressed)
         path = self.manifests / file_name(body)
         write_whole(self._files, path.with_suffix(".tmp"), path, memoryview(sealed(body)), made)
+        if before is not None:
+            _date_after(path, before)
         self._files.sync_folder(self.manifests)
         return manifest_of(path, body)
 
@@ -269,10 +302,6 @@ class CheckpointStore:
         """The checkpoint committed last, which need not be the one with the highest step."""
         paths = sorted(self.manifest_paths(), key=lambda path: path.stat().st_mtime_ns)
         return paths[-1] if paths else None
-
-    def _latest_id(self) -> str | None:
-        path = self._latest_path()
-        return path.stem.rpartition("-")[2] if path is not None else None
 
     def _parent(self) -> Manifest | None:
         """What was committed last, when it can be read."""
@@ -325,6 +354,8 @@ class CheckpointStore:
         data = bytearray()
         for digest in entry.chunks:
             data += self.objects.read(digest, manifest.path.name)
+            if len(data) > entry.nbytes:
+                break  # a false list of chunks must not fill the memory
         if len(data) != entry.nbytes:
             raise CheckpointError(
                 f"a tensor of {manifest.path.name} has {len(data)} bytes", f"{entry.nbytes} bytes"
@@ -344,6 +375,8 @@ class CheckpointStore:
         if only_touched:
             with contextlib.suppress(OSError):
                 committed_ns = manifest.path.stat().st_mtime_ns
+            if committed_ns > time.time_ns():  # the clock was set back: no time says anything
+                committed_ns = 0
         for digest in sorted(manifest.chunks()):
             if not committed_ns or self.objects.touched_since(digest, committed_ns):
                 self.objects.read(digest, manifest.path.name)
@@ -373,10 +406,17 @@ class CheckpointStore:
         removed = 0
         with self._unshared() as alone:
             for path in self.objects.all() if alone else ():
-                if path.name not in wanted:
+                if digest_of(path.name) not in wanted:
                     self.objects.remove(path)
                     removed += 1
         return removed
+
+
+def _date_after(path: Path, before: Path) -> None:
+    """Let a file be younger than another: commits are ordered by that, also after the clock was set back."""
+    moment = before.stat().st_mtime_ns
+    if path.stat().st_mtime_ns <= moment:
+        os.utime(path, ns=(moment + 1, moment + 1))
 
 
 def _counterparts(tensors: Sequence[RawTensor], parent: Manifest | None) -> list[tuple[str, ...]]:

@@ -58,7 +58,7 @@ def read_state(store: CheckpointStore, manifest: Manifest) -> Any:
             "one saved by a BackupSystem",
             "load it with dcp.load(state, storage_reader=obsinfra.backup.dcp.ObsinfraReader(...))",
         )
-    return decode(manifest.state, [_read_tensor(store, entry, manifest) for entry in manifest.tensors])
+    return decode(manifest.state, [read_tensor(store, entry, manifest) for entry in manifest.tensors])
 
 
 def code_versions() -> dict[str, str]:
@@ -70,7 +70,12 @@ def code_versions() -> dict[str, str]:
     }
 
 
-def _read_tensor(store: CheckpointStore, entry: TensorEntry, manifest: Manifest) -> Tensor:
+def read_tensor(store: CheckpointStore, entry: TensorEntry, manifest: Manifest) -> Tensor:
+    """One tensor of a checkpoint, on the CPU, every chunk verified.
+
+    Raises:
+        CheckpointError: a chunk is absent or damaged, or the manifest contradicts itself.
+    """
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{manifest.path.name} has dtype {entry.dtype!r}", "a dtype of this torch")

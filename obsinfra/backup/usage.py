@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from obsinfra.backup import tags
 from obsinfra.backup.manifest import Manifest
+from obsinfra.backup.objects import digest_of
 from obsinfra.backup.store import CheckpointStore
 
 
@@ -44,11 +45,11 @@ class StoreUsage:
 
 def usage(store: CheckpointStore) -> StoreUsage:
     """Measure a store by the sizes of its files; nothing is read but manifests."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     if store.objects.root.is_dir():
         for path in store.objects.all():
             try:
-                sizes[path.name] = path.stat().st_size
+                sizes[digest_of(path.name)] += path.stat().st_size
             except FileNotFoundError:
                 continue  # pruned meanwhile
     manifests = tags.readable(store)
@@ -56,8 +57,8 @@ def usage(store: CheckpointStore) -> StoreUsage:
     found = []
     for manifest in manifests:
         chunks = manifest.chunks()
-        unique = sum(sizes.get(digest, 0) for digest in chunks if users[digest] == 1)
-        shared = sum(sizes.get(digest, 0) for digest in chunks if users[digest] > 1)
+        unique = sum(sizes[digest] for digest in chunks if users[digest] == 1)
+        shared = sum(sizes[digest] for digest in chunks if users[digest] > 1)
         found.append(CheckpointUsage(manifest, unique, shared))
     unreferenced = sum(size for digest, size in sizes.items() if digest not in users)
     return StoreUsage(tuple(found), sum(sizes.values()), unreferenced)

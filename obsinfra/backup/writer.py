@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from obsinfra.backup.compression import Compression
 from obsinfra.backup.manifest import Head, Manifest
 from obsinfra.backup.retention import Retention, prune, with_room
 from obsinfra.backup.slot import SlotReader
@@ -49,6 +50,7 @@ class WriterConfig:
         threads: how many tensors it hashes and writes at a time.
         log_path: where its JSON lines go; empty for stderr.
         retention: the fields of a `Retention`; None removes nothing.
+        compression: as for `CheckpointStore`.
     """
 
     directory: str
@@ -61,6 +63,7 @@ class WriterConfig:
     threads: int = 2
     log_path: str = ""
     retention: Mapping[str, Any] | None = None
+    compression: Compression = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,9 @@ class Writer:
 
     def __init__(self, config: WriterConfig) -> None:
         self._config = config
-        self._store = CheckpointStore(Path(config.directory), threads=config.threads)
+        self._store = CheckpointStore(
+            Path(config.directory), threads=config.threads, compression=config.compression
+        )
         self._slots = [SlotReader(fd) for fd in config.slots]
         self._lines = Lines(socket.socket(fileno=config.socket))
         self._committed = config.committed

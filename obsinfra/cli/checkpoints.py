@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, cast
 
@@ -23,6 +24,7 @@ from obsinfra.errors import CheckpointError, ConfigError
 from obsinfra.run.folder import RunFolder
 
 if TYPE_CHECKING:
+    from obsinfra.backup.manifest import Manifest
     from obsinfra.backup.store import CheckpointStore
 
 console = Console()
@@ -69,19 +71,19 @@ def list_checkpoints(run: RunPlace = "latest", output_dir: OutputDir = Path("run
     names = _tags_by_checkpoint(store)
     confirmed = tags.confirmed(store)
     damaged: dict[Path, str] = {}
-    table = _table("checkpoint", "kind", "epoch", "step", "made", "MB", "tags", "why")
+    table = _table("checkpoint", "epoch", "step", "made (UTC)", "MB", "tags", "why")
     for info in tags.readable(store, problems=damaged):
+        marks = [*names.get(info.path.name, []), *(["(confirmed)"] if info.path.name in confirmed else [])]
         table.add_row(
             info.path.stem,
-            info.kind + (" (confirmed)" if info.path.name in confirmed else ""),
             str(info.epoch),
             str(info.step),
-            info.created_at,
+            info.created_at[:19].replace("T", " "),
             f"{info.bytes_total / 1e6:.1f}",
-            escape(", ".join(names.get(info.path.name, []))),
-            escape(info.reason or ""),
+            escape(", ".join(marks)),
+            escape(info.reason or ("torch.distributed" if info.distributed else "")),
         )
-    console.print(table)
+    _print_table(table)
     for path, problem in damaged.items():
         console.print(f"[red]damaged[/]  {path.stem}: {escape(problem)}", soft_wrap=True)
 
@@ -98,6 +100,8 @@ def show(
     store = _store(output_dir, run)
     info = store.read_manifest(tags.find(store, checkpoint))
     names = _tags_by_checkpoint(store).get(info.path.name, [])
+    ranks = info.attributes.get("world_size", 1)
+    by = f"torch.distributed.checkpoint, {ranks} rank{'' if ranks == 1 else 's'}"
     rows = [
         ("checkpoint", info.path.stem),
         ("run", info.run or "–"),
@@ -107,28 +111,35 @@ def show(
         ("why", info.reason or "–"),
         ("tags", ", ".join(names) or "–"),
         ("parent", info.parent or "–"),
-        ("resumable", "yes" if info.attributes.get("resumable", True) else "no"),
-        ("size", f"{info.bytes_total / 1e6:.1f} MB in {len(info.tensors)} tensors"),
+        ("resumable", "yes" if info.resumable else "no"),
+        *(
+            [("saved by", by), ("load with", "dcp.load(…, storage_reader=ObsinfraReader(…))")]
+            if info.distributed
+            else []
+        ),
+        (
+            "size",
+            f"{info.bytes_total / 1e6:.1f} MB in {len(info.tensors)} "
+            + ("shards" if info.distributed else "tensors"),
+        ),
         ("metrics", ", ".join(f"{name} {value:.4g}" for name, value in info.metrics.items()) or "–"),
         ("versions", ", ".join(f"{name} {value}" for name, value in info.versions.items())),
     ]
     for name, value in rows:
         console.print(f"[bold]{name:<12}[/]{escape(value)}", soft_wrap=True)
-    places = sorted(
-        _places(info.state, "state"), key=lambda found: (-info.tensors[found[1]].nbytes, found[0])
-    )
-    table = _table("tensor", "dtype", "shape", "MB")
-    for place, index in places[:lines]:
-        entry = info.tensors[index]
+    found = sorted(_shown_tensors(info), key=lambda tensor: (-tensor.nbytes, tensor.place))
+    table = _table("tensor", "dtype", "shape", *(["shards"] if info.distributed else []), "MB")
+    for tensor in found[:lines]:
         table.add_row(
-            escape(place),
-            entry.dtype,
-            str(list(entry.shape)).replace("[", "\\["),
-            f"{entry.nbytes / 1e6:.3f}",
+            escape(tensor.place),
+            tensor.dtype,
+            str(tensor.shape).replace("[", "\\["),
+            *([str(tensor.shards)] if info.distributed else []),
+            f"{tensor.nbytes / 1e6:.3f}",
         )
-    console.print(table)
-    if len(places) > lines:
-        console.print(f"and {len(places) - lines} smaller ones (--lines)")
+    _print_table(table)
+    if len(found) > lines:
+        console.print(f"and {len(found) - lines} smaller ones (--lines)")
 
 
 def verify(
@@ -153,13 +164,16 @@ def verify(
         done = 0
         for manifest in manifests:
             problem = None
+            read = done
             try:
-                store.verify(manifest)
+                for digest in sorted(manifest.chunks()):
+                    read += len(store.objects.read(digest, manifest.path.name))
+                    advance(read, total)
             except CheckpointError as error:
                 problem = str(error)
             if problem is None or manifest.path.exists():  # else pruned meanwhile
                 results.append((manifest.path, problem))
-            done += manifest.bytes_total
+            done += manifest.bytes_total  # more than was read where tensors share chunks
             advance(done, total)
     for path, problem in sorted(results):
         if problem is None:
@@ -184,13 +198,13 @@ def diff(
     """Tensors and values in which two checkpoints differ, bit for bit; exit code 1 when there are any."""
     from obsinfra.backup import tags
     from obsinfra.backup.compare import differences
+    from obsinfra.backup.dcp_whole import read_any_state
     from obsinfra.backup.export import leaves
-    from obsinfra.backup.tensors import read_state
 
     states = []
     for name, place in ((left, run), (right, right_run or run)):
         store = _store(output_dir, place)
-        states.append(read_state(store, store.read_manifest(tags.find(store, name))))
+        states.append(read_any_state(store, store.read_manifest(tags.find(store, name))))
     sides = [{".".join(path): leaf for path, leaf in leaves(state)} for state in states]
     table = _table("where", "how", "MB")
     count = equal = 0
@@ -213,7 +227,7 @@ def diff(
             count += 1
             table.add_row("", escape(line), "")
     if count:
-        console.print(table)
+        _print_table(table)
         if count > lines:
             console.print(f"and {count - lines} more (--lines)")
         console.print(f"{count} differ ({changed_bytes / 1e6:.3f} MB), {equal} are the same")
@@ -231,7 +245,7 @@ def disk_usage(run: RunPlace = "latest", output_dir: OutputDir = Path("runs")) -
         table.add_row(
             one.manifest.path.stem, f"{one.unique_bytes / 1e6:.3f}", f"{one.shared_bytes / 1e6:.3f}"
         )
-    console.print(table)
+    _print_table(table)
     console.print(
         f"{found.total_bytes / 1e6:.3f} MB on disk"
         + (
@@ -284,6 +298,7 @@ def prune(
         keep_emergency=keep_emergency or None,
     )
     store = _store(output_dir, run)
+    _check_metric(store, best_metric)
     if dry_run:
         paths = [manifest.path for manifest in retention.doomed(store, policy)]
     else:
@@ -343,7 +358,11 @@ def export(
     part: Annotated[str, typer.Option(help="Entry of the state, or 'all'.")] = "model",
     force: Annotated[bool, typer.Option("--force", help="Replace a target of the same kind.")] = False,
 ) -> None:
-    """Write a checkpoint in another format."""
+    """Write a checkpoint in another format.
+
+    safetensors: for Hugging Face's loaders, as DIR/model.safetensors beside its config.json; a tensor with
+    several names (tied weights) is in it once. torch: for torch.load(weights_only=True). dcp: for dcp.load.
+    """
     from obsinfra.backup.backup_system import create_backup_system
     from obsinfra.backup.export import Format
     from obsinfra.backup.export import export as write
@@ -380,6 +399,7 @@ def push(
     """Copy checkpoints to a remote; only what is missing there. Started again, it goes on where it was."""
     from obsinfra.backup import remote
 
+    _check_url(url)
     with _progress("pushing") as advance:
         done = remote.push(_store(output_dir, run), url, checkpoint, progress=advance)
     _print_transfer(done)
@@ -402,9 +422,14 @@ def pull(
     from obsinfra.backup import remote
     from obsinfra.backup.store import CheckpointStore
 
+    _check_url(url)
     store = CheckpointStore(target) if target is not None else _store(output_dir, run, new=True)
     with _progress("pulling") as advance:
         done = remote.pull(url, store, checkpoint, progress=advance)
+    if not done.checkpoints and not remote.Remote(url).of_one_run().manifests():
+        raise CheckpointError(
+            f"no checkpoints at {url}", "a copy that 'obsinfra checkpoints push' or checkpoint_remote made"
+        )
     _print_transfer(done)
 
 
@@ -422,9 +447,15 @@ def _store(output_dir: Path, run: str, *, new: bool = False) -> CheckpointStore:
     folder = _run_folder(output_dir, run)
     root = Path(run).expanduser() if folder is None else folder.checkpoints
     store = CheckpointStore(root)
-    if not new and folder is None and not store.manifests.is_dir():
-        raise CheckpointError(f"no checkpoints in {root}", "a folder with manifests/ and objects/ in it")
-    return store
+    if new or folder is not None or store.manifests.is_dir():
+        return store
+    if (inside := CheckpointStore(root / "checkpoints")).manifests.is_dir():
+        return inside
+    raise CheckpointError(
+        f"no checkpoints in {root}",
+        "a folder with manifests/ and objects/ in it, or with checkpoints/, which has them",
+        "see 'obsinfra runs' for the names of runs",
+    )
 
 
 def _run_folder(output_dir: Path, run: str) -> RunFolder | None:
@@ -460,8 +491,46 @@ def _tags_by_checkpoint(store: CheckpointStore) -> dict[str, list[str]]:
     return names
 
 
+def _check_metric(store: CheckpointStore, name: str | None) -> None:
+    """Whether any checkpoint has that metric: a misspelt one would keep nothing."""
+    from obsinfra.backup import tags
+
+    known = sorted({metric for manifest in tags.readable(store) for metric in manifest.metrics})
+    if name is not None and known and name not in known:
+        raise ConfigError(f"--best-metric {name!r}, which no checkpoint has", f"one of {', '.join(known)}")
+
+
+def _check_url(url: str) -> None:
+    if "://" not in url:
+        raise ConfigError(
+            f"URL {url!r}", "one with a scheme, e.g. s3://bucket/folder/run or file:///folder/run"
+        )
+
+
 def _kept_count(store: CheckpointStore, gone: list[Path]) -> int:
     return len([path for path in store.manifest_paths() if path not in gone])
+
+
+@dataclass(frozen=True, slots=True)
+class _ShownTensor:
+    place: str
+    dtype: str
+    shape: list[int]
+    shards: int
+    nbytes: int
+
+
+def _shown_tensors(manifest: Manifest) -> Iterator[_ShownTensor]:
+    """Every place of a state at which there is a tensor; shards of one are counted together."""
+    if not manifest.distributed:
+        for place, index in _places(manifest.state, "state"):
+            entry = manifest.tensors[index]
+            yield _ShownTensor(place, entry.dtype, list(entry.shape), 1, entry.nbytes)
+        return
+    for name, item in manifest.state["items"].items():
+        if "shards" in item:
+            nbytes = sum(manifest.tensors[shard["entry"]].nbytes for shard in item["shards"])
+            yield _ShownTensor(name, item["dtype"], item["size"], len(item["shards"]), nbytes)
 
 
 def _places(document: Any, path: str) -> Iterator[tuple[str, int]]:
@@ -485,8 +554,21 @@ def _places(document: Any, path: str) -> Iterator[tuple[str, int]]:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column.endswith("MB") else "left")
+        table.add_column(
+            column,
+            overflow="fold",
+            no_wrap=column in ("checkpoint", "made (UTC)"),  # what one copies, whatever the width
+            justify="right" if column.endswith("MB") else "left",
+        )
     return table
+
+
+def _print_table(table: Table) -> None:
+    """Off a terminal a row is one line, whatever the width."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        console.print(table, width=max(console.width, 200), crop=False)
 
 
 @contextlib.contextmanager

@@ -1,53 +1,58 @@
-"""`obsinfra rules | docs`: committed files that are generated from the catalogue, written or checked."""
+"""`obsinfra docs`: reference pages that are generated from the catalogue, written or checked."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from obsinfra.alerting.prometheus_rules import render_rules
-from obsinfra.catalog.alerts import with_thresholds
-from obsinfra.catalog.metrics import METRICS, RUN_LABELS
-from obsinfra.config.resolve import resolve
-from obsinfra.run.files import write_atomic
+from obsinfra.alerting.promql import expression
+from obsinfra.alerting.wording import plain_number, summary_template, threshold_text
+from obsinfra.catalog.alert_changes import CHANGEABLE
+from obsinfra.catalog.alerts import ALERTS
+from obsinfra.catalog.conditions import window_of
+from obsinfra.catalog.metrics import (
+    METRICS,
+    RECORDED_PER_RANK,
+    RECORDED_PER_RUN,
+    RUN_LABELS,
+    SERIES_PER_ACTION,
+    SERIES_PER_DEVICE,
+    SERIES_PER_RANK,
+)
+from obsinfra.cli.actions_page import render_actions_page
+from obsinfra.cli.generated import check_generated, write_generated
 
 console = Console()
-RulesFile = Annotated[Path, typer.Option("--file", help="The generated file.")]
+Folder = Annotated[Path, typer.Option("--folder", help="The folder of the pages.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
-    for name, help_text, write, check in (
-        ("rules", "Prometheus rules generated from the alert table.", rules_write, rules_check),
-        ("docs", "Reference pages generated from the catalogue.", docs_write, docs_check),
-    ):
-        group = typer.Typer(help=help_text, no_args_is_help=True)
-        group.command("write")(write)
-        group.command("check")(check)
-        app.add_typer(group, name=name, rich_help_panel="Generate")
+    group = typer.Typer(help="Reference pages generated from the catalogue.", no_args_is_help=True)
+    group.command("write")(docs_write)
+    group.command("check")(docs_check)
+    app.add_typer(group, name="docs", rich_help_panel="Generate")
 
 
-def rules_write(file: RulesFile = Path("prometheus/rules/obsinfra.yml")) -> None:
-    """Write the rules, with the thresholds of the environment or obsinfra.toml."""
-    _write(file, render_rules(with_thresholds(resolve({}).settings.thresholds)))
+def docs_write(folder: Folder = Path("docs")) -> None:
+    """Write every generated page."""
+    write_generated(_files(folder), console)
 
 
-def rules_check(file: RulesFile = Path("prometheus/rules/obsinfra.yml")) -> None:
-    """Exit code 1 when the file is not what 'rules write' would write."""
-    _check(file, render_rules(with_thresholds(resolve({}).settings.thresholds)), "obsinfra rules write")
+def docs_check(folder: Folder = Path("docs")) -> None:
+    """Exit code 1 when a page is not what 'docs write' would write."""
+    files = _files(folder)
+    fine = ", ".join(map(str, files)) + " are up to date"
+    check_generated(files, console, fix="'obsinfra docs write'", fine=fine)
 
 
-def docs_write(file: RulesFile = Path("docs/metrics.md")) -> None:
-    """Write docs/metrics.md."""
-    _write(file, render_metrics_page())
-
-
-def docs_check(file: RulesFile = Path("docs/metrics.md")) -> None:
-    """Exit code 1 when docs/metrics.md is not what 'docs write' would write."""
-    _check(file, render_metrics_page(), "obsinfra docs write")
+def _files(folder: Path) -> dict[Path, str]:
+    return {folder / name: render() for name, render in PAGES.items()}
 
 
 def render_metrics_page() -> str:
@@ -60,6 +65,11 @@ def render_metrics_page() -> str:
         f"Every metric of a trainer also carries the labels {', '.join(f'`{name}`' for name in RUN_LABELS)}. "
         "Counters are shown with the `_total` they have on the wire. A metric whose source is absent "
         "(no GPU, no container limit, no validation yet) is absent, not zero.",
+        "",
+        f"Budget of time series, kept by a test: a rank exports at most {SERIES_PER_RANK}, and "
+        f"{SERIES_PER_DEVICE} more for each GPU that it sees and {SERIES_PER_ACTION} more for each action it "
+        f"was told; Prometheus records at most {RECORDED_PER_RUN} of a run and {RECORDED_PER_RANK} of each "
+        "rank. No label holds a step, a path, a text or an id.",
     ]
     for source, heading in (("trainer", "Trainer"), ("sidecar", "Sidecar")):
         lines += ["", f"## {heading}", "", "| metric | kind | labels | meaning |", "|---|---|---|---|"]
@@ -70,14 +80,52 @@ def render_metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, text, mode=0o644)
-    console.print(f"wrote {file}")
+def render_alerts_page() -> str:
+    """docs/alerts.md: the alert table with its defaults, and how to change it."""
+    lines = [
+        "# Alerts",
+        "",
+        "Generated from `obsinfra/catalog/alerts.py` by `obsinfra docs write`; do not edit by hand.",
+        "",
+        "Each alert has a runbook of its name in `docs/runbooks/`. `obsinfra rules test` plays series to "
+        "every one with promtool and shows that it fires, waits and resolves. In `obsinfra.toml`:",
+        "",
+        "```toml",
+        "[thresholds]",
+        "gpu_temperature = 80          # the key below, in the unit below",
+        "",
+        "[alerts.data_share]           # any of: " + ", ".join(CHANGEABLE),
+        "window_seconds = 600",
+        'action = "checkpoint"         # or "none"',
+        "",
+        "[alerts.gpu_idle]",
+        "enabled = false",
+        "```",
+        "",
+        "Then `obsinfra rules write` writes Prometheus's rules; `obsinfra up` and `obsinfra train` read the "
+        "settings themselves. “Alone” says that a trainer without Prometheus judges the alert as well.",
+        "",
+        "| alert | key | fires when | for | severity | scope | action | alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for alert in ALERTS:
+        window = window_of(alert.condition)
+        over = f", over {plain_number(window)} s" if window else ""
+        meaning = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"‹\1›", summary_template(alert))
+        limit = f" ({alert.comparator} {threshold_text(alert)}{over})" if alert.metric else ""
+        lines.append(
+            f"| [{alert.name}](runbooks/{alert.name}.md) | `{alert.key}` | {meaning}{limit} "
+            f"| {plain_number(alert.for_seconds)} s | {alert.severity} | {alert.scope} "
+            f"| {alert.action.name if alert.action else '–'} | {'yes' if alert.in_process else 'no'} |"
+        )
+    lines += ["", "## Expressions", ""]
+    for alert in ALERTS:
+        lines += [f"**{alert.name}** – {alert.description}", "", "```promql", expression(alert), "```", ""]
+    return "\n".join(lines)
 
 
-def _check(file: Path, text: str, command: str) -> None:
-    if not file.exists() or file.read_text() != text:
-        console.print(f"[red]{file} is out of date[/]: run '{command}'")
-        raise typer.Exit(1)
-    console.print(f"{file} is up to date")
+PAGES: dict[str, Callable[[], str]] = {
+    "metrics.md": render_metrics_page,
+    "alerts.md": render_alerts_page,
+    "actions.md": render_actions_page,
+}

@@ -5,16 +5,19 @@ A `UserError` becomes one line on stderr and exit code 2. torch is imported only
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from obsinfra.cli import checkpoints, documents, runs, stack
+from obsinfra.cli import alerts, checkpoints, dashboards, documents, history, report, rules, runs, stack
 from obsinfra.cli.options import with_settings
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings, group_of
@@ -36,18 +39,63 @@ ConfigFile = Annotated[
     typer.Option("--config", help="TOML file of settings; default: obsinfra.toml in this folder, if any."),
 ]
 
+MANY = "Several ranks"
+Ranks = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--nproc-per-node", help="Processes on this host: N, gpu, cpu or auto.", rich_help_panel=MANY
+    ),
+]
+
 
 @app.command(rich_help_panel="Train")
 @with_settings
-def train(flags: dict[str, Any], config: ConfigFile = None) -> None:
+def train(
+    flags: dict[str, Any],
+    config: ConfigFile = None,
+    nproc_per_node: Ranks = None,
+    nnodes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Hosts: N, or MIN:MAX for a run that goes on with fewer.", rich_help_panel=MANY),
+    ] = None,
+    rdzv_endpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="HOST:PORT where the hosts meet, the same on each.", rich_help_panel=MANY),
+    ] = None,
+    rdzv_id: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name of the job, the same on each host.", rich_help_panel=MANY),
+    ] = None,
+    rdzv_conf: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="More for torchrun's rendezvous: KEY=VALUE,…", rich_help_panel=MANY),
+    ] = None,
+    local_addr: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="This host's address as the others reach it.", rich_help_panel=MANY),
+    ] = None,
+    max_restarts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0, help="Start the ranks again after a failure, so often at most.", rich_help_panel=MANY
+        ),
+    ] = None,
+) -> None:
     """Train a model, watched and saved.
 
     Every setting can also come from the environment (OBSINFRA_<NAME>) or a TOML file; a flag wins over the
     environment, the environment over the file. On SIGTERM or Ctrl-C the run checkpoints and stops with exit
     code 128 + signal; 'obsinfra train --resume auto' goes on exactly where it was.
+
+    With --nproc-per-node or any other option of "Several ranks" it is torchrun that starts the processes;
+    'torchrun … -m obsinfra.cli train …' is the same.
     """
+    from obsinfra.cli.launch import Launcher, launch
     from obsinfra.cli.training import run_training
 
+    launcher = Launcher(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
+    if launcher.wanted:
+        raise typer.Exit(launch(launcher, flags, config))
     raise typer.Exit(run_training(flags, config))
 
 
@@ -125,16 +173,39 @@ def config_show(flags: dict[str, Any], config: ConfigFile = None) -> None:
             table.add_row(f"[bold]{group}[/]", "", "")
         value = getattr(resolved.settings, field)
         origin = resolved.origins[field]
-        shown = "–" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
         table.add_row(
-            f"  {field}", escape(shown), origin if origin == "default" else f"[cyan]{escape(origin)}[/]"
+            f"  {field}",
+            escape(_as_typed(value)),
+            origin if origin == "default" else f"[cyan]{escape(origin)}[/]",
         )
     console.print(table)
 
 
+def _as_typed(value: Any) -> str:
+    """A setting as one would write it into a variable; `–` where there is nothing."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={text}" for key, text in _flat(value)) or "–"
+    return "–" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, item in table.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(item)
+
+
 runs.register(app)
+history.register(app)
+report.register(app)
 stack.register(app)
+alerts.register(app)
 checkpoints.register(app)
+rules.register(app)
+dashboards.register(app)
 documents.register(app)
 
 
@@ -163,7 +234,8 @@ def main() -> None:
 
 
 def _complain(text: str) -> None:
-    stderr.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else ""
+    stderr.print(f"[bold red]error{rank}:[/] {escape(text)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

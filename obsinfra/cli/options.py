@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import Annotated, Any, Optional
 import typer
 
 from obsinfra.config.settings import Settings, environment_names, group_of
+from obsinfra.errors import ConfigError
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
 
 
 def program() -> str:
@@ -21,6 +25,20 @@ def program() -> str:
     if started.name != "obsinfra" or shutil.which("obsinfra") is not None:
         return "obsinfra"
     return os.path.relpath(started)
+
+
+def duration_seconds(text: str, option: str) -> float:
+    """`30m`, `1.5h` or `1h30m` as seconds.
+
+    Args:
+        text: what was typed for `option`.
+
+    Raises:
+        ConfigError: it is no duration.
+    """
+    if not re.fullmatch(r"([0-9]{1,8}(\.[0-9]{1,8})?[smhdw])+", text.strip()):
+        raise ConfigError(f"{option} {text!r}", "a number with s, m, h or d, as 30m", f"correct {option}")
+    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([0-9.]+)([smhdw])", text))
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,7 +89,8 @@ def _option(name: str) -> inspect.Parameter:
 
 def _metavar(name: str) -> str:
     annotation = str(Settings.model_fields[name].annotation)
-    for part, shown in (("dict", "KEY=VALUE,…"), ("tuple", "A,B"), ("Path", "FOLDER"), ("Literal", "WORD")):
+    words = {"tuple": "A,B", "Path": "FOLDER", "Literal": "WORD"}
+    for part, shown in ({"dict": "KEY=VALUE,…", "Notify": "KEY=VALUE,…"} | words).items():
         if part in annotation:
             return shown
     for part, shown in (("float", "NUMBER"), ("int", "N")):

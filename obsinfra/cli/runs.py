@@ -1,11 +1,12 @@
-"""`obsinfra runs | status | logs | signal | trace`: looking at runs and telling them what to do."""
+"""`obsinfra runs | status | logs | command | actions | trace`: looking at runs, telling them what to do."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import httpx
 import typer
@@ -13,17 +14,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from obsinfra.catalog.actions import ACTIONS
+from obsinfra.catalog.actions import ACTIONS, Action
+from obsinfra.control.action_plugins import load_action_plugins
 from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
-from obsinfra.errors import CommandError, ConfigError
+from obsinfra.errors import CommandError, ConfigError, UserError
 from obsinfra.run.folder import RunFolder, find_run, scan_runs
 
 console = Console()
 OutputDir = Annotated[Path, typer.Option("--output-dir", envvar="OUTPUT_DIR", help="Folder of all runs.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run name, or 'latest'.")]
 
-STATE_COLOURS = {"running": "green", "finished": "blue", "failed": "red", "dead": "red", "stopped": "yellow"}
+STATE_COLOURS = {
+    "running": "green",
+    "paused": "yellow",
+    "finished": "blue",
+    "failed": "red",
+    "dead": "red",
+    "stopped": "yellow",
+}
+LIVE = ("running", "paused")
 CHANNELS = ("training", "performance", "errors", "system")
 
 
@@ -32,7 +42,9 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Look")(runs)
     app.command(rich_help_panel="Look")(status)
     app.command(rich_help_panel="Look")(logs)
-    app.command(rich_help_panel="Act")(signal)
+    app.command(rich_help_panel="Act")(command)
+    app.command("signal", hidden=True)(command)  # its name until there were arguments
+    app.command(rich_help_panel="Act")(actions)
     trace_app = typer.Typer(help="Traces of a run.", no_args_is_help=True)
     trace_app.callback()(_trace)
     trace_app.command("export")(trace_export)
@@ -62,8 +74,8 @@ def runs(output_dir: OutputDir = Path("runs")) -> None:
         except ConfigError as error:
             table.add_row(folder.id, "[red]unreadable[/]", "", escape(str(error)), "")
             continue
-        state = info.present_state()
-        url = info.metrics_urls.get("0", "").removesuffix("/metrics") if state == "running" else ""
+        state = folder.present_state(info)
+        url = info.metrics_urls.get("0", "").removesuffix("/metrics") if state in LIVE else ""
         table.add_row(
             folder.id,
             f"[{STATE_COLOURS.get(state, 'white')}]{state}[/]",
@@ -83,19 +95,19 @@ def status(
     folder = find(output_dir, run)
     info = folder.read_info()
     live: dict[str, Any] | None = None
-    if info.metrics_urls and info.alive():
+    if info.metrics_urls and folder.lives(info):
         try:
             address = info.metrics_urls["0"].removesuffix("/metrics")
             live = httpx.get(f"{address}/api/live?since=999999999999", timeout=3).json()
         except (httpx.HTTPError, ValueError):
             live = None
     if as_json:
-        document = {"run": info.id, "state": info.present_state(), "reason": info.reason, "live": live}
+        document = {"run": info.id, "state": folder.present_state(info), "reason": info.reason, "live": live}
         print(json.dumps(document, indent=2))
         return
     rows = [
         ("run", info.id),
-        ("state", info.present_state() + (f" ({info.reason})" if info.reason else "")),
+        ("state", folder.present_state(info) + (f" ({info.reason})" if info.reason else "")),
         ("model", info.model),
         ("started", f"{info.started}, {info.restarts} restarts"),
         ("step", str(_progress(folder))),
@@ -145,35 +157,118 @@ def logs(
                 time.sleep(0.3)
 
 
-def signal(
+def command(
     run: RunName,
-    action: Annotated[str, typer.Argument(help=f"One of {', '.join(ACTIONS)}.")],
+    action: Annotated[str, typer.Argument(help="What to do; 'obsinfra actions' lists all.")],
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+        typer.Argument(metavar="KEY=VALUE…", help="Arguments; 'obsinfra actions ACTION' explains them."),
+    ] = None,
     output_dir: OutputDir = Path("runs"),
     reason: Annotated[str, typer.Option(help="Why, for the journal.")] = "by hand",
     door: Annotated[str, typer.Option(help="auto, socket or inbox.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the outcome.")] = 60.0,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the final outcome.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="The outcome as one JSON document.")] = False,
 ) -> None:
-    """Tell a run to do something, as the sidecar would."""
-    if action not in ACTIONS:
-        raise ConfigError(f"action {action!r}", f"one of {', '.join(ACTIONS)}", "correct the action")
+    """Tell a run to do something, as the sidecar would: obsinfra command latest profile steps=10"""
+    row = _row(action)
     if door not in ("auto", "socket", "inbox"):
         raise ConfigError(f"door {door!r}", "auto, socket or inbox", "correct --door")
+    given = _parsed(row, arguments or [])
     folder = find(output_dir, run)
-    command = new_command(folder.id, action, source="cli", reason=reason, lifetime_seconds=timeout)
+    sent = new_command(folder.id, action, source="cli", reason=reason, args=given, lifetime_seconds=timeout)
     ack = send_command(
         folder,
-        command,
+        sent,
         door=door,  # type: ignore[arg-type]
         timeout_seconds=timeout,
         wait_for="final" if wait else "accepted",
     )
-    where = f" at step {ack.step}" if ack.step is not None else ""
-    console.print(
-        f"{action} {ack.state}{where}" + (f": {escape(json.dumps(ack.result))}" if ack.result else "")
-    )
+    if as_json:
+        print(json.dumps(asdict(ack)))
+    else:
+        where = f" at step {ack.step}" if ack.step is not None else ""
+        console.print(f"{action} {ack.state}{where}")
+        for name, value in (ack.result or {}).items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            console.print(f"  [bold]{escape(name)}[/]  {escape(text)}", soft_wrap=True, highlight=False)
     if ack.state not in ("done", "accepted", "running"):
         raise CommandError(f"{action} {ack.state}: {ack.error}")
+
+
+def actions(
+    action: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it at run time
+        typer.Argument(help="One of them, with its arguments; default: all."),
+    ] = None,
+) -> None:
+    """What a run can be told to do, and with which arguments."""
+    if action is None:
+        _, problems = load_action_plugins()
+        table = Table(box=None, pad_edge=False)
+        table.add_column("action", no_wrap=True)
+        table.add_column("what it does", overflow="fold")
+        for row in ACTIONS.values():
+            when = " At once, even in a hang." if row.at == "any_time" else ""
+            offered = "".join(f"\n[cyan]{escape(text)}[/]" for text in (_offered(row),) if text)
+            table.add_row(row.name, escape(row.summary) + when + offered)
+        console.print(table)
+        for problem in problems:
+            console.print(
+                f"[red]{escape(problem.name)}[/] cannot be used: {escape(problem.problem)} "
+                f"({escape(problem.target)})"
+            )
+        return
+    row = _row(action)
+    console.print(f"[bold]{row.name}[/]  {escape(row.summary)}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("argument", "expected", "default", "what"):
+        table.add_column(column, overflow="fold")
+    for argument in row.arguments:
+        default = "required" if argument.required else "–"
+        if argument.default is not None:
+            default = json.dumps(argument.default)
+        table.add_row(argument.name, argument.expected, default, argument.help)
+    console.print(table)
+    if row.details:
+        console.print("\n" + escape(row.details))
+    if row.undo is not None:
+        arguments = "".join(f" {name}={json.dumps(value)}" for name, value in row.undo_arguments.items())
+        console.print(f"undone by [bold]{row.undo}{arguments}[/]")
+
+
+def _row(name: str) -> Action:
+    """The action's row; those of other packages are looked for only when it is none of ours."""
+    if name not in ACTIONS:
+        load_action_plugins()
+    if name not in ACTIONS:
+        raise ConfigError(f"action {name!r}", f"one of {', '.join(ACTIONS)}", "correct the action")
+    return ACTIONS[name]
+
+
+def _parsed(action: Action, texts: list[str]) -> dict[str, Any]:
+    known = {argument.name: argument for argument in action.arguments}
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"argument {text!r}", "key=value", f"see 'obsinfra actions {action.name}' for the keys"
+            )
+        given[name] = known[name].parse(value) if name in known else value
+    if (problem := action.problem(given)) is not None:
+        raise CommandArgumentError(f"{problem} (see 'obsinfra actions {action.name}')")
+    return given
+
+
+class CommandArgumentError(UserError):
+    """An argument that the table of actions does not allow; found before anything is sent."""
+
+
+def _offered(action: Action) -> str:
+    """Its arguments as a list shows them, without the one that only alerts give."""
+    return " ".join(f"{argument.name}=…" for argument in action.arguments if argument.name != "alert")
 
 
 def _trace() -> None:
@@ -202,10 +297,8 @@ def trace_export(
 
 
 def _progress(folder: RunFolder) -> int | str:
-    try:
-        return int(json.loads((folder.root / "progress.json").read_text())["step"])
-    except (OSError, ValueError, KeyError):
-        return "–"
+    progress = folder.read_progress()
+    return "–" if progress is None or progress.step is None else progress.step
 
 
 def _last_checkpoint(folder: RunFolder) -> str:

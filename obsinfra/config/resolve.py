@@ -14,11 +14,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from obsinfra.config.notify import Notify
 from obsinfra.config.settings import Settings, environment_names
 from obsinfra.errors import ConfigError
 
 DEFAULT_FILE = Path("obsinfra.toml")
 """Read from the working folder when present and no other file is named."""
+
+
+OF_THE_MACHINE = frozenset(["output_dir", "metrics_host"])
+"""What a resumed run does not take over from before: it may go on elsewhere, in a container or out of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,8 @@ def resolve(
             origins[key] = origin
 
     if run_config is not None and run_config.exists():
-        layer(_only_known(read_toml(run_config)), f"run {run_config.parent.name}")
+        found = {key: value for key, value in read_toml(run_config).items() if key not in OF_THE_MACHINE}
+        layer(_only_known(found), f"run {run_config.parent.name}")
     if file is not None:
         document = read_toml(file)
         unknown = sorted(set(document) - set(Settings.model_fields))
@@ -112,17 +118,28 @@ def resolve(
 def dump_toml(settings: Settings) -> str:
     """The settings as TOML, as written to a run's config.toml. Unset (None) settings are left out."""
     lines, tables = [], []
-    for field, value in settings.model_dump(mode="json").items():
+    untouched = {"notify"} if settings.notify == Notify() else None
+    for field, value in settings.model_dump(mode="json", by_alias=True, exclude=untouched).items():
         if value is None:
             continue
         if isinstance(value, dict):
-            if value:
-                tables.append(
-                    f"\n[{field}]\n" + "".join(f"{key} = {_toml(item)}\n" for key, item in value.items())
-                )
+            tables += _tables(field, value)
         else:
             lines.append(f"{field} = {_toml(value)}\n")
     return "".join(lines + tables)
+
+
+def _tables(name: str, table: Mapping[str, Any]) -> list[str]:
+    """A table of the settings and the tables within it; nothing for an empty one."""
+    plain = {key: item for key, item in table.items() if not isinstance(item, dict) and item is not None}
+    lines = "".join(f"{key} = {_toml(item)}\n" for key, item in plain.items())
+    inner = [
+        text
+        for key, item in table.items()
+        if isinstance(item, dict)
+        for text in _tables(f"{name}.{key}", item)
+    ]
+    return ([f"\n[{name}]\n{lines}"] if lines else []) + inner
 
 
 def _toml(value: Any) -> str:
@@ -135,6 +152,8 @@ def _toml(value: Any) -> str:
         return f'"{escaped}"'
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     return repr(value)
 
 
@@ -148,14 +167,33 @@ def _only_known(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_text(field: str, text: str) -> Any:
-    """A variable's or flag's text as a raw value: lists by comma, tables as `key=value` by comma."""
+    """A variable's or flag's text as a raw value: lists by comma, tables as `key=value` by comma, tables
+    of tables as `key.field=value`."""
     annotation = str(Settings.model_fields[field].annotation)
-    if annotation.startswith("dict"):
+    if annotation.startswith("dict") or field == "notify":
         pairs = (item.partition("=") for item in text.split(",") if item.strip())
-        return {key.strip(): value.strip() for key, _, value in pairs}
+        found = {key.strip(): value.strip() for key, _, value in pairs}
+        return _nested(found) if "Any" in annotation or field == "notify" else found
     if annotation.startswith("tuple"):
         return tuple(item.strip() for item in text.split(",") if item.strip())
     return text
+
+
+def _nested(flat: Mapping[str, str]) -> dict[str, Any]:
+    """`a.b = text` as the table that `b = text` under `[a]` would be; a TOML value becomes what it says."""
+    out: dict[str, Any] = {}
+    for key, text in flat.items():
+        *path, last = key.split(".")
+        table = out
+        for name in path:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"both {name} and {key} are set", f"{name} as a value or as a table")
+        try:
+            table[last] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[last] = text
+    return out
 
 
 def _as_config_error(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
@@ -164,7 +202,20 @@ def _as_config_error(error: ValidationError, origins: Mapping[str, str]) -> Conf
     message = str(first["msg"])
     if message.startswith("Value error, "):
         message = "another value: " + message.removeprefix("Value error, ")
-    message = message.replace("Input should be ", "").replace("a valid ", "a ")
+    message = (
+        message.replace("Input should be ", "").replace("a valid ", "a ").replace("a dictionary", "a table")
+    )
     origin = origins.get(field, "default")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ConfigError(f"{field} = {first['input']!r} (from {origin}){more}", message, "change it there")
+    if field == "notify":
+        # A secret may stand where a file's name should: no value is repeated but a misspelt word of a choice.
+        place = ".".join(map(str, first["loc"]))
+        word = f" = {first['input']!r}" if first["type"] == "literal_error" else ""
+        message = message.removeprefix("another value: ")
+        if first["type"] == "extra_forbidden":
+            message = "a setting of docs/notifications.md; this one is unknown"
+        elif first["type"] == "missing":
+            message = "this setting, which has no default"
+        return ConfigError(f"{place}{word} (from {origin}){more}", message, "change it there")
+    place = ".".join(part for part in first["loc"] if isinstance(part, str)) or field
+    return ConfigError(f"{place} = {first['input']!r} (from {origin}){more}", message, "change it there")

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from obsinfra.catalog.alerts import with_thresholds
+from obsinfra.catalog.alert_changes import alert_table
+from obsinfra.catalog.alerts import Alert
+from obsinfra.catalog.policy import policy_with
+from obsinfra.config.notify import Notify
 
 
 def _setting(default: Any, help: str, *, env: str | None = None, group: str, **bounds: Any) -> Any:
@@ -95,12 +98,98 @@ class Settings(BaseModel):
         "auto", "Autocast: auto, fp32, bf16 or fp16.", group="Hardware"
     )
     compile: Literal["auto", "on", "off"] = _setting(
-        "auto", "torch.compile: on, off, or auto (on with CUDA, off on CPU).", group="Hardware"
+        "auto",
+        "torch.compile: auto (with CUDA; what cannot be compiled runs eagerly), on (must work), off.",
+        group="Hardware",
+    )
+    activation_budget_mb: float = _setting(
+        0.0,
+        "Recompute the activations of as few blocks as needed to keep less than this for the backward pass; "
+        "0: no budget.",
+        group="Hardware",
+        ge=0,
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        _setting("default", "Mode of torch.compile.", group="Hardware")
     )
     gradient_checkpointing: bool = _setting(
         False, "Recompute activations in the backward pass to save memory.", group="Hardware"
     )
+    gradient_checkpointing_every: int = _setting(
+        1, "With it: recompute every Nth block.", group="Hardware", ge=1
+    )
+    channels_last: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Images with channels last: on, off, or auto (for convolutions in 16 bits on CUDA).",
+        group="Hardware",
+    )
+    tf32: bool = _setting(
+        True,
+        "fp32 products on CUDA use tensor cores (TF32, 10 bits of mantissa).",
+        group="Hardware",
+    )
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = _setting(
+        "auto", "Kernel of scaled_dot_product_attention; auto: torch chooses by shapes.", group="Hardware"
+    )
+    device_tflops: float = _setting(
+        0.0,
+        "What the device computes at most in the precision in use, in TFLOP/s, for the MFU; "
+        "0: as its data sheet says, where it is known.",
+        group="Hardware",
+        ge=0,
+    )
+    micro_batch: int | None = _setting(
+        None,
+        "Rows of one forward pass at most; larger batches are accumulated. Default: whole batches.",
+        group="Hardware",
+        ge=1,
+    )
+    oom_recovery: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Out of memory: halve the micro-batch, accumulate, and do the step again; grow back later. auto: in "
+        "one process; on: on several ranks too, which then exchange gradients after backward, not during it.",
+        group="Hardware",
+    )
+    max_memory_percent: float = _setting(
+        85.0,
+        "Host memory in use, against the container's limit if that is nearer, beyond which garbage, free "
+        "pages, batches loaded ahead and data-set caches are given back; 0: never.",
+        group="Hardware",
+        ge=0,
+        le=100,
+    )
+    gc: Literal["boundary", "python"] = _setting(
+        "boundary",
+        "When Python collects garbage: boundary (between two steps) or python (anywhere).",
+        group="Hardware",
+    )
+    leak_check_steps: int = _setting(
+        0,
+        "Look for kinds of tensors that become more and more, every so many steps; 0: never. A look takes "
+        "tenths of a second.",
+        group="Hardware",
+        ge=0,
+    )
     threads: int = _setting(0, "CPU threads of torch; 0: torch's choice.", group="Hardware", ge=0, le=1024)
+
+    # Several ranks
+    parallel: Literal["auto", "ddp", "fsdp"] = _setting(
+        "auto",
+        "How several ranks train: auto and ddp have the whole model on each, fsdp a part of it (FSDP2).",
+        group="Several ranks",
+    )
+    gradient_compression: Literal["off", "bf16", "fp16", "powersgd"] = _setting(
+        "off",
+        "How gradients travel between ranks: off, bf16 or fp16 (half the bytes), powersgd (low rank).",
+        group="Several ranks",
+    )
+    collective_timeout_seconds: float = _setting(
+        600.0,
+        "A rank that waits so long for another in a collective gives up; the group can then form again.",
+        group="Several ranks",
+        ge=1,
+        le=86_400,
+    )
 
     # Where things go
     output_dir: Path = _setting(
@@ -139,6 +228,11 @@ class Settings(BaseModel):
         None,
         "Copy every checkpoint in the background to <this URL>/<run>, e.g. s3://bucket/folder.",
         env="CHECKPOINT_REMOTE",
+        group="Checkpoints",
+    )
+    checkpoint_compression: Literal["off", "auto"] = _setting(
+        "off",
+        "auto: compress, with zstd, the parts of checkpoints that a sample says shrink by a quarter or more.",
         group="Checkpoints",
     )
     keep_checkpoints: int = _setting(3, "Regular checkpoints kept.", group="Checkpoints", ge=1)
@@ -197,9 +291,21 @@ class Settings(BaseModel):
     thresholds: dict[str, float] = _setting(
         {}, "Alert thresholds by name, e.g. [thresholds] gpu_temperature = 80.", group="Observation"
     )
+    alerts: dict[str, dict[str, Any]] = _setting(
+        {},
+        "More of an alert, e.g. [alerts.gpu_idle] enabled = false; also threshold, for_seconds, "
+        "window_seconds, severity and action.",
+        group="Observation",
+    )
+    notify: Notify = _setting(
+        Notify(),
+        "Who hears of alerts: slack, email, webhook, pagerduty, watchdog, …; see docs/notifications.md.",
+        group="Observation",
+    )
     inject: str | None = _setting(
         None,
-        "Fault injection for drills: FAULT@STEP[xCOUNT], FAULT one of explode, nan, hang, error.",
+        "Fault injection for drills: FAULT@STEP[xCOUNT], FAULT one of explode, nan, slow, leak, hang, "
+        "error, oom.",
         group="Observation",
     )
 
@@ -209,11 +315,28 @@ class Settings(BaseModel):
         "Native Prometheus, Alertmanager and sidecar: auto (start them where installed), on (required), off.",
         group="The stack",
     )
+    policy: dict[str, Any] = _setting(
+        {},
+        "What the sidecar does about alerts, e.g. [policy] dry_run = true; see docs/sidecar.md.",
+        group="The stack",
+    )
 
     @field_validator("thresholds")
     @classmethod
     def _known_thresholds(cls, value: dict[str, float]) -> dict[str, float]:
-        with_thresholds(value)
+        alert_table(value)
+        return value
+
+    @field_validator("alerts")
+    @classmethod
+    def _known_alerts(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        alert_table({}, value)
+        return value
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: dict[str, Any]) -> dict[str, Any]:
+        policy_with(value, known_actions_only=False)  # a package that adds some may not be loaded here
         return value
 
     @field_validator("stop_signals")
@@ -230,6 +353,10 @@ class Settings(BaseModel):
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return Path(os.path.expanduser(value))
+
+    def alert_table(self) -> tuple[Alert, ...]:
+        """The alert table with `[thresholds]` and `[alerts]` applied."""
+        return alert_table(self.thresholds, self.alerts)
 
 
 def environment_names(field: str) -> tuple[str, ...]:

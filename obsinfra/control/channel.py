@@ -178,20 +178,37 @@ class ControlChannel:
 
     # ---- out -----------------------------------------------------------------------------------------
 
-    def take(self) -> list[Command]:
-        """Everything that waits and is still valid, in order of arrival; what has expired is settled."""
+    def waiting(self) -> list[Command]:
+        """What nobody has taken yet, in order of arrival."""
+        with self._lock:
+            return list(self._waiting)
+
+    def take(self, wanted: Callable[[Command], bool] = lambda command: True) -> list[Command]:
+        """Everything `wanted` that waits and is still valid, in order of arrival; the rest goes on waiting.
+
+        What has expired is settled, wanted or not.
+        """
+        now = time.time()
+        valid, expired, left = [], [], []
         with self._lock:
             if not self._waiting:
                 return []
-            taken = list(self._waiting)
+            for command in self._waiting:
+                if command.expires_at <= now:
+                    expired.append(command)
+                elif wanted(command):
+                    valid.append(command)
+                else:
+                    left.append(command)
             self._waiting.clear()
-        now, valid = time.time(), []
-        for command in taken:
-            if command.expires_at > now:
-                valid.append(command)
-            else:
-                self._settle(command, "expired", f"expired {now - command.expires_at:.0f} s ago")
+            self._waiting.extend(left)
+        for command in expired:
+            self._settle(command, "expired", f"expired {now - command.expires_at:.0f} s ago")
         return valid
+
+    def overdue(self, wanted: Callable[[Command], bool]) -> list[Command]:
+        """`take`, for whoever acts because the loop does not come round."""
+        return self.take(wanted)
 
     def ack(
         self,

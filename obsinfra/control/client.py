@@ -30,6 +30,10 @@ class NoAnswerError(CommandError):
     """The run did not answer in time; the command may still take effect until it expires."""
 
 
+class NotUnderstoodError(CommandError):
+    """The trainer cannot read the message; it will not do so the next time either."""
+
+
 class _DoorClosed(Exception):
     """The socket cannot be used, or broke before the final ack."""
 
@@ -109,7 +113,9 @@ def _answer(line: bytes) -> Ack:
         return parse_ack(line)
     except CommandError:
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            raise CommandError(f"the trainer refused the message: {json.loads(line)['error']}") from None
+            raise NotUnderstoodError(
+                f"the trainer refused the message: {json.loads(line)['error']}"
+            ) from None
         raise
 
 

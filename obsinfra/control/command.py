@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
-from obsinfra.catalog.actions import ACTIONS
+from obsinfra.catalog.actions import ACTIONS, MAX_TEXT
+from obsinfra.catalog.actions import shown as _shown
 from obsinfra.errors import CommandError
 from obsinfra.monitoring.tracing import parse_traceparent
 
@@ -22,9 +23,6 @@ VERSION = 1
 
 MAX_COMMAND_BYTES = 64 * 1024
 """Of one command, on the socket, in the inbox and at the sidecar."""
-
-MAX_TEXT = 2_000
-"""Characters of a reason, a source or an argument."""
 
 MAX_LIFETIME_SECONDS = 86_400.0
 """From issue to expiry. Acknowledgements are kept for longer than this, so no replay takes effect."""
@@ -36,7 +34,7 @@ AckState = Literal["accepted", "running", "done", "failed", "rejected", "expired
 ACK_STATES: tuple[AckState, ...] = ("accepted", "running", "done", "failed", "rejected", "expired")
 FINAL_STATES = frozenset({"done", "failed", "rejected", "expired"})
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,149}")
+ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,149}")
 """An id becomes a file name, so it has no slash and leaves room for a suffix."""
 
 
@@ -160,7 +158,7 @@ def parse_command(raw: bytes, *, run: str, now: float) -> Command:
     except (ValueError, RecursionError) as error:
         raise CommandError(f"JSON that cannot be written again: {str(error)[:200]}") from None
     identity = document.get("id")
-    if not isinstance(identity, str) or not _ID.fullmatch(identity):
+    if not isinstance(identity, str) or not ID_PATTERN.fullmatch(identity):
         raise CommandError(
             f"id {_shown(identity)}; expected 1 to 150 letters, digits, '.', '_', ':', '+' or '-'"
         )
@@ -191,12 +189,8 @@ def parse_command(raw: bytes, *, run: str, now: float) -> Command:
     args = document.get("args", {})
     if not isinstance(args, dict):
         refuse(f"args {_shown(args)}; expected an object")
-    for name, value in args.items():
-        if name not in action.arguments:
-            allowed = ", ".join(action.arguments) or "none"
-            refuse(f"unknown argument {_shown(name)} of {command.action}; expected one of: {allowed}")
-        if not (value is None or isinstance(value, (str, int, float))) or len(str(value)) > MAX_TEXT:
-            refuse(f"argument {name} {_shown(value)}; expected text, a number, true, false or null")
+    if (problem := action.problem(args)) is not None:
+        refuse(problem)
     issued, expires = (_moment(document.get(name)) for name in ("issued_at", "expires_at"))
     if issued is None or expires is None:
         refuse("issued_at and expires_at; expected seconds since the epoch")
@@ -282,9 +276,3 @@ def _moment(value: Any) -> float | None:
     except OverflowError:
         return None
     return moment if math.isfinite(moment) else None
-
-
-def _shown(value: Any) -> str:
-    # Nested values by their kind alone: they may lie deeper than repr can follow.
-    text = f"of type {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -7,24 +7,32 @@ delivered after the next start; its id keeps it from taking effect twice.
 from __future__ import annotations
 
 import queue
+import random
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from obsinfra.control.client import send_command
-from obsinfra.control.command import Ack
+from obsinfra.control.client import NoAnswerError, NotUnderstoodError, send_command
+from obsinfra.control.command import FINAL_STATES, Ack
 from obsinfra.control.journal import CommandEntry, Journal
-from obsinfra.errors import ObsinfraError
+from obsinfra.errors import ConfigError, ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger
-from obsinfra.run.folder import RunFolder
+from obsinfra.run.folder import ENDED_STATES, RunFolder
 
 WORKERS = 64
 """A hanging run holds one for each of its commands until that expires; other runs must find one free."""
 
 LATEST_ACK_SECONDS = 10.0
 """Waited beyond a command's expiry for its last ack."""
+
+FIRST_RETRY_SECONDS, LATEST_RETRY_SECONDS = 0.2, 5.0
+"""Between two attempts to hand a command over; doubled each time, and half as much more or less by chance."""
+
+OUTCOMES = (*sorted(FINAL_STATES), "undelivered", "unacknowledged")
+"""The trainer's final ack; or `undelivered`: the run ended or could not be reached before the command
+expired; or `unacknowledged`: handed over, and no final ack in time."""
 
 
 class Deliverer:
@@ -43,7 +51,7 @@ class Deliverer:
         self._journal = journal
         self._settled = settled
         self._waiting: queue.SimpleQueue[CommandEntry | None] = queue.SimpleQueue()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._log = get_logger("system")
         for number in range(WORKERS):
             threading.Thread(target=self._work, name=f"obsinfra-delivery-{number}", daemon=True).start()
@@ -54,12 +62,12 @@ class Deliverer:
 
     def stop(self) -> None:
         """Begin no further delivery; workers end, each after the one under way."""
-        self._stopping = True
+        self._stopping.set()
         for _ in range(WORKERS):
             self._waiting.put(None)
 
     def _work(self) -> None:
-        while (entry := self._waiting.get()) is not None and not self._stopping:
+        while (entry := self._waiting.get()) is not None and not self._stopping.is_set():
             try:
                 self._deliver(entry)
             except Exception as error:  # a worker that ends would leave later commands undelivered
@@ -67,20 +75,43 @@ class Deliverer:
 
     def _deliver(self, entry: CommandEntry) -> None:
         command = entry.command
+        folder = RunFolder(self._output_dir / command.run)
         ack: Ack | None = None
-        outcome: str
-        try:
-            ack = send_command(
-                RunFolder(self._output_dir / command.run),
-                command,
-                timeout_seconds=max(0.0, command.expires_at - time.time()) + LATEST_ACK_SECONDS,
-            )
-            outcome = ack.state
-        except (ObsinfraError, OSError) as error:
-            outcome = "undelivered"
-            self._log.error("undelivered", id=command.id, run=command.run, error=str(error))
+        outcome = ""
+        pause = FIRST_RETRY_SECONDS
+        while not outcome:
+            try:
+                ack = send_command(
+                    folder,
+                    command,
+                    timeout_seconds=max(0.0, command.expires_at - time.time()) + LATEST_ACK_SECONDS,
+                )
+                outcome = ack.state
+            except NoAnswerError as error:
+                outcome = "unacknowledged"
+                self._log.error("unacknowledged", id=command.id, label_run=command.run, error=str(error))
+            except NotUnderstoodError as error:
+                outcome = "rejected"
+                self._log.error("not_understood", id=command.id, label_run=command.run, error=str(error))
+            except (ObsinfraError, OSError) as error:
+                if _over(folder) or time.time() >= command.expires_at:
+                    outcome = "undelivered"
+                    self._log.error("undelivered", id=command.id, label_run=command.run, error=str(error))
+                elif self._stopping.wait(pause * random.uniform(0.5, 1.5)):
+                    return
+                pause = min(2 * pause, LATEST_RETRY_SECONDS)
         try:
             self._journal.settle(command.id, outcome, ack)
         except sqlite3.Error as error:  # delivered all the same; after a restart the run says so again
             self._log.error("journal_not_written", id=command.id, error=str(error))
         self._settled(entry, outcome, ack)
+
+
+def _over(folder: RunFolder) -> bool:
+    """Whether trying again is no use: the run ended, or is gone."""
+    if not folder.run_json.exists():
+        return True
+    try:
+        return folder.read_info().state in ENDED_STATES
+    except ConfigError:  # unreadable for the moment, perhaps
+        return False

@@ -38,10 +38,13 @@ class AckLedger:
     def record(self, ack: Ack) -> None:
         """Replace the ack of `ack.id`.
 
+        `accepted` need not survive a power cut: whoever sent the command still has it, in the inbox or the
+        sidecar's journal, and the sync is most of what a command costs.
+
         Raises:
             OSError: the disk failed.
         """
-        write_atomic(self._path(ack.id), ack.to_json() + "\n")
+        write_atomic(self._path(ack.id), ack.to_json() + "\n", durable=ack.state != "accepted")
 
     def prune(self, now: float) -> None:
         """Remove acks older than `KEEP_SECONDS` at `now` (epoch seconds)."""

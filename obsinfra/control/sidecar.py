@@ -1,59 +1,64 @@
-"""The sidecar: Alertmanager's webhook in, commands to the runs out, and where Prometheus finds the runs.
+"""The sidecar's process: its HTTP face, its token, its address, TLS, and the command line that starts it.
 
-One process per host (`obsinfra sidecar`, or `python -m obsinfra.control.sidecar`). A bearer token guards what
-changes anything; it answers 2xx only after the commands are in its durable journal.
+One process per host (`obsinfra sidecar`, or `python -m obsinfra.control.sidecar`). What it does with alerts
+is in `responder`, what it tells in `http_api`. A webhook is answered 2xx once its commands are journalled.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import re
 import secrets
 import socket
 import sqlite3
+import ssl
 import sys
-import time
-from collections import Counter
-from collections.abc import AsyncIterator
+import tomllib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.catalog.actions import ACTIONS
-from obsinfra.control.command import Ack
-from obsinfra.control.delivery import Deliverer
+from obsinfra.catalog.policy import DEFAULT_POLICY, Policy, policy_with
+from obsinfra.control.action_plugins import load_action_plugins
+from obsinfra.control.alertmanager_watch import AlertmanagerWatch
+from obsinfra.control.firing_check import FiringCheck
+from obsinfra.control.gate import Gate
+from obsinfra.control.http_api import answers, create_router, first_problem, json_body
 from obsinfra.control.idle_connections import PatientForAWhile
-from obsinfra.control.journal import AlertEntry, CommandEntry, Journal
-from obsinfra.control.run_watch import RunWatch
-from obsinfra.control.webhook import STALE_SECONDS, Webhook, WebhookAlert, age_seconds, command_for
+from obsinfra.control.index_page import create_index_router
+from obsinfra.control.responder import Sidecar
+from obsinfra.control.runbook_pages import create_runbook_router
+from obsinfra.control.webhook import Webhook
 from obsinfra.errors import ConfigError, ObsinfraError
 from obsinfra.monitoring.exporter import SampleCollector
-from obsinfra.monitoring.instruments import Instruments
 from obsinfra.monitoring.logging_config import configure_logging, get_logger
-from obsinfra.monitoring.tracing import Tracer, create_tracer
 from obsinfra.run.files import write_atomic
 
-MAX_BODY_BYTES = 1 << 20
-BODY_SECONDS = 10.0
-"""A body that takes longer to arrive is refused."""
+MAX_CONNECTIONS = 256
 
-MAX_CONNECTIONS = 64
-UNUSABLE_DECISIONS = ("no_run", "unknown_run", "run_ended", "unknown_action", "expired")
-"""An action was asked for that cannot be done; worth a warning."""
+CONTAINER_SECRETS = Path("/run/secrets")
+"""Where container engines show secrets; who may read them on the host is not to be seen from in here."""
 
-ALERT_DECISIONS = ("accepted", "duplicate", "informed", "resolved", "dry_run", *UNUSABLE_DECISIONS)
-"""What becomes of an alert in a webhook."""
+WEBHOOKS_PER_SECOND, WEBHOOKS_AT_ONCE = 1_000.0, 128
+REQUESTS_PER_SECOND, COMMANDS_AT_ONCE = 100.0, 16
+
+SWITCH_SECONDS = 0.0005
+"""The interpreter's usual 5 ms make the event loop wait that long for each delivery being worked on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,14 @@ class SidecarSettings:
         host, port: where to listen; port 0 takes any.
         token_file: the bearer token, 0600; made when missing.
         state_dir: journal, logs and traces; made when missing, 0700.
-        dry_run: journal what would be done, do nothing.
+        policy: what is done about alerts.
+        tls_cert, tls_key: PEM files; needed for any address but this machine's own.
+        alertmanager_url: asked whether an alert still fires before a further step about it is taken, and
+            whether it is there at all; None: an alert fires until its end is heard, and alerts come.
+        trusted_network: listen on any address without TLS, and ask for the token where it is asked for on a
+            loopback address: for a network of containers that nobody else is on.
+        loopback_host: the name under which Prometheus, in a container, reaches trainers that listen on this
+            machine's loopback address; None: as it is.
     """
 
     output_dir: Path
@@ -73,229 +85,161 @@ class SidecarSettings:
     state_dir: Path
     host: str = "127.0.0.1"
     port: int = 9465
-    dry_run: bool = False
+    policy: Policy = DEFAULT_POLICY
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    alertmanager_url: str | None = None
+    trusted_network: bool = False
+    loopback_host: str | None = None
 
 
-class Sidecar:
-    """Journal, deliveries and the watch over runs, without the HTTP in front.
+class SidecarApp(FastAPI):
+    """FastAPI, but for routes that it answers itself: the layers in between are half of what a webhook costs.
 
-    Args:
-        settings: how it runs.
-
-    Raises:
-        ConfigError: the state folder or the journal cannot be used.
+    Attributes:
+        direct: (method, path) → the endpoint; it is declared as a route as well, for OpenAPI.
     """
 
-    def __init__(self, settings: SidecarSettings) -> None:
-        self.settings = settings
-        self.instruments = Instruments()
-        self._log = get_logger("system")
+    direct: dict[tuple[str, str], Callable[[Request], Awaitable[Any]]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = None
+        if scope["type"] == "http":
+            endpoint = self.direct.get((scope["method"], scope["path"]))
+        if endpoint is None:
+            await super().__call__(scope, receive, send)
+            return
         try:
-            settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            settings.state_dir.chmod(0o700)
-            self.journal = Journal(settings.state_dir / "journal.sqlite")
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"cannot keep the journal in {settings.state_dir}: {error}",
-                "a writable folder with a sound journal.sqlite",
-                "free space, or move the damaged journal.sqlite away",
-            ) from error
-        self.watch = RunWatch(settings.output_dir, self._scanned)
-        self.deliverer = Deliverer(settings.output_dir, self.journal, self._settled)
-        self.tracer: Tracer = create_tracer(
-            run_id="sidecar",
-            model="sidecar",
-            trace_file=settings.state_dir / "traces" / "spans.jsonl",
-            probe=True,
-        )
-        self._known_states: set[str] = set()
-        for outcome in ("accepted", "unauthorized", "malformed", "too_large", "journal_failed", "too_slow"):
-            self.instruments.add(catalog.SIDECAR_WEBHOOKS, 0, outcome=outcome)
-        for action in ACTIONS:
-            for outcome in ("done", "failed", "rejected", "expired", "undelivered"):
-                self.instruments.add(catalog.SIDECAR_COMMANDS, 0, action=action, outcome=outcome)
-        for decision in ALERT_DECISIONS:
-            self.instruments.add(catalog.SIDECAR_ALERTS, 0, decision=decision)
-
-    def start(self) -> None:
-        """Watch the runs, and deliver what an earlier process left."""
-        self.watch.start()
-        for entry in self.journal.waiting():
-            self._log.info("delivering_again", id=entry.command.id, run=entry.command.run)
-            self.deliverer.deliver(entry)
-
-    def stop(self) -> None:
-        """End the watch; deliveries under way stay in the journal."""
-        self.watch.stop()
-        self.deliverer.stop()
-        self.tracer.close(timeout=2.0)
-        self.journal.close()
-
-    def receive(self, webhook: Webhook) -> dict[str, int]:
-        """Take on a notification: journal it, begin to deliver what it asks for.
-
-        Returns:
-            Number of alerts by decision (`ALERT_DECISIONS`).
-
-        Raises:
-            sqlite3.Error: it could not be journalled, and nothing was begun.
-        """
-        received_at = time.time()
-        alerts, commands = [], []
-        for alert in webhook.alerts:
-            decision = self._decide(alert)
-            if decision == "accepted":
-                commands.append(self._command(alert, received_at))
-            alerts.append(_entry(alert, decision, received_at))
-        fresh = self.journal.add(alerts, commands)
-        for entry in fresh:
-            self.deliverer.deliver(entry)
-        for seen in alerts:
-            self.instruments.add(catalog.SIDECAR_ALERTS, decision=seen.decision)
-            log = self._log.warning if seen.decision in UNUSABLE_DECISIONS else self._log.info
-            log(
-                "alert",
-                alert=seen.name,
-                label_run=seen.run,
-                severity=seen.severity,
-                status=seen.status,
-                decision=seen.decision,
-            )
-        return dict(Counter(seen.decision for seen in alerts))
-
-    def _decide(self, alert: WebhookAlert) -> str:
-        if alert.status == "resolved":
-            return "resolved"
-        if not alert.action:
-            return "informed"
-        if alert.action not in ACTIONS:
-            return "unknown_action"
-        if not alert.run:
-            return "no_run"
-        if self.journal.known(alert.command_id()):
-            return "duplicate"
-        if age_seconds(alert, datetime.now(UTC)) > STALE_SECONDS:
-            return "expired"
-        seen = self.watch.find(alert.run)
-        if seen is None:
-            return "unknown_run"
-        if not seen.live:
-            return "run_ended"
-        return "dry_run" if self.settings.dry_run else "accepted"
-
-    def _command(self, alert: WebhookAlert, received_at: float) -> CommandEntry:
-        starts_at = alert.startsAt.timestamp()
-        traceparent = self.tracer.emit(
-            f"alert {alert.name}",
-            int(min(starts_at, received_at) * 1e9),
-            int(received_at * 1e9),
-            {
-                "obsinfra.run": alert.run,
-                "obsinfra.alert": alert.name,
-                "obsinfra.fingerprint": alert.fingerprint,
-                "obsinfra.action": alert.action,
-            },
-        )
-        return CommandEntry(command_for(alert, traceparent or None), alert.name, starts_at, received_at)
-
-    def _settled(self, entry: CommandEntry, outcome: str, ack: Ack | None) -> None:
-        now = time.time()
-        command = entry.command
-        self.instruments.add(catalog.SIDECAR_COMMANDS, action=command.action, outcome=outcome)
-        self.instruments.observe(
-            catalog.SIDECAR_DELIVERY_SECONDS, now - entry.received_at, action=command.action
-        )
-        self.tracer.emit(
-            f"delivery {command.action}",
-            int(entry.received_at * 1e9),
-            int(now * 1e9),
-            {"obsinfra.run": command.run, "obsinfra.command.id": command.id, "obsinfra.outcome": outcome},
-            parent_traceparent=command.traceparent,
-        )
-        self._log.info(
-            "command_settled",
-            id=command.id,
-            label_run=command.run,
-            action=command.action,
-            alert=entry.alert,
-            outcome=outcome,
-            seconds_from_webhook=round(now - entry.received_at, 4),
-            ack=ack.to_json() if ack else None,
-        )
-
-    def _scanned(self, states: dict[str, int]) -> None:
-        self._known_states |= states.keys()
-        for state in self._known_states:
-            self.instruments.set(catalog.SIDECAR_RUNS, states.get(state, 0), state=state)
+            response = JSONResponse(await endpoint(Request(scope, receive)))
+        except HTTPException as refusal:
+            response = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
+        await response(scope, receive, send)
 
 
-def create_app(sidecar: Sidecar, token: str) -> FastAPI:
-    """The HTTP face: `POST /webhook` (bearer token), `GET /healthz`, `/metrics`, `/sd`."""
+def create_app(
+    sidecar: Sidecar,
+    token: str,
+    *,
+    guard_all: bool = False,
+    alertmanager: AlertmanagerWatch | None = None,
+    webhooks_per_second: float = WEBHOOKS_PER_SECOND,
+    requests_per_second: float = REQUESTS_PER_SECOND,
+) -> FastAPI:
+    """The HTTP face: `POST /webhook` and `/v1/…` with the token, `/healthz`, `/metrics`, `/sd`,
+    `/runbooks/…` and the page at `/` without.
+
+    Args:
+        token: the bearer token.
+        guard_all: ask for the token on everything but `/healthz`, the runbooks and the files of the page.
+        alertmanager: the watch over Alertmanager, run as long as the app.
+        webhooks_per_second, requests_per_second: what is taken of `/webhook` and of `/v1`.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if alertmanager is not None:
+            alertmanager.start()
         sidecar.start()
         yield
         sidecar.stop()
+        if alertmanager is not None:
+            alertmanager.stop()
 
-    app = FastAPI(title="obsinfra sidecar", lifespan=lifespan, docs_url=None, redoc_url=None)
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(SampleCollector({}, sidecar.instruments.samples, sidecar.instruments.histograms))
-    expected = f"Bearer {token}".encode()
     log = get_logger("system")
 
-    def refuse(status: int, outcome: str, detail: str) -> HTTPException:
+    def refused_webhook(outcome: str, detail: str) -> None:
         sidecar.instruments.add(catalog.SIDECAR_WEBHOOKS, outcome=outcome)
         log.warning("webhook_refused", outcome=outcome, detail=detail)
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-        return HTTPException(status, detail, headers)
 
-    async def body_of(request: Request) -> bytes:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > MAX_BODY_BYTES:
-                        raise refuse(413, "too_large", f"expected at most {MAX_BODY_BYTES} bytes")
-        except TimeoutError:
-            raise refuse(408, "too_slow", f"expected the body within {BODY_SECONDS:.0f} s") from None
-        return bytes(body)
+    def refused_request(outcome: str, detail: str) -> None:
+        log.warning("request_refused", outcome=outcome, detail=detail)
 
-    @app.post("/webhook")
+    # 503, not 429: Alertmanager (0.25 to 0.33) repeats a notification with growing pauses after the first,
+    # after the second only at its group's next turn.
+    webhook_gate = Gate(
+        token, refused_webhook, per_second=webhooks_per_second, at_once=WEBHOOKS_AT_ONCE, too_many=503
+    )
+    gate = Gate(
+        token, refused_request, per_second=requests_per_second, at_once=COMMANDS_AT_ONCE, too_many=429
+    )
+
+    async def guarded(request: Request) -> None:
+        if guard_all:
+            gate.check_token(request)
+
+    app = SidecarApp(
+        title="obsinfra sidecar",
+        version=version("obsinfra"),
+        description="Alertmanager's webhook in, commands to the runs out; what fires, was done and runs.",
+        redirect_slashes=False,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(SampleCollector({}, sidecar.samples, sidecar.instruments.histograms))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+    @app.post(
+        "/webhook",
+        responses=answers(401, 408, 413, 422, 503),
+        openapi_extra=json_body(Webhook) | {"security": [{"HTTPBearer": []}]},
+    )
     async def webhook(request: Request) -> dict[str, int]:
-        given = request.headers.get("authorization", "").encode()
-        if not secrets.compare_digest(given, expected):
-            raise refuse(401, "unauthorized", "expected the bearer token of the sidecar's token file")
-        body = await body_of(request)
-        try:
-            notification = Webhook.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise refuse(
-                422, "malformed", f"expected Alertmanager's webhook version 4; {where}: {first['msg']}"
-            ) from None
-        try:
-            decisions = await run_in_threadpool(sidecar.receive, notification)
-        except sqlite3.Error as error:
-            raise refuse(503, "journal_failed", f"the journal cannot be written: {error}") from error
+        """A notification of Alertmanager, version 4. Answers with the number of alerts by decision."""
+        webhook_gate.check_token(request)
+        webhook_gate.check_rate()
+        with webhook_gate.place():
+            body = await webhook_gate.body_of(request)
+            try:
+                notification = Webhook.model_validate_json(body)
+            except ValidationError as error:
+                detail = f"expected Alertmanager's webhook version 4; {first_problem(error)}"
+                raise webhook_gate.refuse(422, "malformed", detail) from None
+            try:
+                decided = await asyncio.wrap_future(sidecar.receive(notification))
+            except sqlite3.Error as error:
+                detail = f"the journal cannot be written: {error}"
+                raise webhook_gate.refuse(503, "journal_failed", detail) from error
         sidecar.instruments.add(catalog.SIDECAR_WEBHOOKS, outcome="accepted")
-        return decisions
+        return decided.decisions()
+
+    app.direct = {("POST", "/webhook"): webhook}
 
     @app.get("/healthz")
-    def healthz() -> dict[str, Any]:
-        return {"ok": True, "prometheus_asks": sidecar.watch.prometheus_asks}
+    async def healthz() -> dict[str, bool | None]:
+        """Whether it works, whether a Prometheus asks it for targets, and whether Alertmanager answers it
+        (null: it was told of none)."""
+        return {
+            "ok": True,
+            "prometheus_asks": sidecar.watch.prometheus_asks,
+            "alertmanager_answers": alertmanager.answers if alertmanager is not None else None,
+        }
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=[Depends(guarded)], response_class=Response)
     def metrics(request: Request) -> Response:
+        """Its own metrics, for Prometheus."""
         encode, content_type = choose_encoder(request.headers.get("accept") or "")
         return Response(encode(registry), media_type=content_type)
 
-    @app.get("/sd")
+    @app.get("/sd", dependencies=[Depends(guarded)])
     def sd() -> list[dict[str, Any]]:
+        """Where the live runs' metrics are, as Prometheus's http_sd wants it."""
         return sidecar.watch.targets()
 
+    @app.get("/openapi.json", dependencies=[Depends(guarded)], include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    app.include_router(create_router(sidecar, gate))
+    app.include_router(create_runbook_router())
+    app.include_router(create_index_router())
     return app
 
 
@@ -303,22 +247,26 @@ def run_sidecar(settings: SidecarSettings) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        ConfigError: the address is taken or not this machine's, or state or token cannot be used.
+        ConfigError: the address is taken, not this machine's, or too wide for no TLS; or state, token,
+            certificate or key cannot be used.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    wide = not (settings.trusted_network or _is_loopback(settings.host))
+    scheme = _check_tls(settings, wide)
     listener = _listen(settings.host, settings.port)
     token = _token(settings.token_file)
-    sidecar = Sidecar(settings)
+    sidecar, alertmanager = _create_sidecar(settings)
     configure_logging(settings.state_dir / "logs", run="", model="sidecar", terminal_level="info")
     host, port = listener.getsockname()[:2]
     get_logger("system").info(
         "sidecar",
-        url=f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
         watches=str(settings.output_dir),
         token_file=str(settings.token_file),
-        dry_run=settings.dry_run,
+        dry_run=settings.policy.dry_run,
     )
     config = uvicorn.Config(
-        create_app(sidecar, token),
+        create_app(sidecar, token, guard_all=wide, alertmanager=alertmanager),
         log_config=None,
         access_log=False,
         http=PatientForAWhile,
@@ -326,8 +274,69 @@ def run_sidecar(settings: SidecarSettings) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=3,
         server_header=False,
+        proxy_headers=False,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _create_sidecar(settings: SidecarSettings) -> tuple[Sidecar, AlertmanagerWatch | None]:
+    url = settings.alertmanager_url
+    if url is None:
+        return (
+            Sidecar(
+                settings.output_dir, settings.state_dir, settings.policy, loopback_host=settings.loopback_host
+            ),
+            None,
+        )
+    watch = AlertmanagerWatch(url)
+    return (
+        Sidecar(
+            settings.output_dir,
+            settings.state_dir,
+            settings.policy,
+            FiringCheck(url).still_fires,
+            lambda: watch.answers,
+            loopback_host=settings.loopback_host,
+        ),
+        watch,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether every address that `host` means is this machine's own; a name that means none counts so too."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except (OSError, UnicodeError):
+        return True
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+
+
+def _check_tls(settings: SidecarSettings, wide: bool) -> str:
+    cert, key = settings.tls_cert, settings.tls_key
+    if cert is None and key is None:
+        if wide:
+            raise ConfigError(
+                f"address {settings.host} without TLS",
+                "a loopback address, or --tls-cert and --tls-key",
+                "listen on 127.0.0.1, or give a certificate and its key; within a network of containers that "
+                "nobody else is on: --trusted-network",
+            )
+        return "http"
+    if cert is None or key is None:
+        raise ConfigError("one of --tls-cert and --tls-key alone", "both or none", "give the other one too")
+    try:
+        if key.stat().st_mode & 0o077:
+            raise ConfigError(f"others may read the key {key}", "mode 0600", f"chmod 600 {key}")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"cannot use certificate {cert} and key {key}: {error.strerror or error}",
+            "PEM files that belong together",
+            "correct --tls-cert and --tls-key",
+        ) from error
+    return "https"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -351,7 +360,7 @@ def _token(path: Path) -> str:
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(path, secrets.token_urlsafe(32) + "\n", mode=0o600)
-        if path.stat().st_mode & 0o077:
+        if path.stat().st_mode & 0o077 and path.parent != CONTAINER_SECRETS:
             raise ConfigError(f"others may read the token file {path}", "mode 0600", f"chmod 600 {path}")
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -369,17 +378,32 @@ def _token(path: Path) -> str:
     return token
 
 
-def _entry(alert: WebhookAlert, decision: str, received_at: float) -> AlertEntry:
-    return AlertEntry(
-        received_at=received_at,
-        name=alert.name,
-        run=alert.run,
-        severity=alert.labels.get("severity", ""),
-        status=alert.status,
-        fingerprint=alert.fingerprint,
-        starts_at=alert.startsAt.timestamp(),
-        decision=decision,
-    )
+def load_plugin_actions() -> None:
+    """Let the policy, alerts and requests name the actions of other packages."""
+    for problem in load_action_plugins()[1]:
+        get_logger("errors").error(
+            "action_plugin", name=problem.name, target=problem.target, error=problem.problem
+        )
+
+
+def read_policy(path: Path) -> Policy:
+    """The default policy with the `[policy]` table of a TOML file applied; other tables are not looked at.
+
+    Raises:
+        ConfigError: it cannot be read, or a value does not fit.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+            "a TOML file with a table [policy]",
+            "correct --policy",
+        ) from error
+    table = document.get("policy", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"policy = {table!r} in {path}", "a table [policy]", "correct it there")
+    return policy_with(table)
 
 
 def main() -> None:
@@ -390,9 +414,24 @@ def main() -> None:
     parser.add_argument("--state-dir", type=Path, required=True, help="journal, logs and traces")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9465)
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--policy", type=Path, help="TOML file with a table [policy]")
+    parser.add_argument("--tls-cert", type=Path, help="certificate, PEM")
+    parser.add_argument("--tls-key", type=Path, help="its key, PEM, 0600")
+    parser.add_argument("--alertmanager-url", help="asked whether an alert still fires before a further step")
+    parser.add_argument(
+        "--trusted-network",
+        action="store_true",
+        help="any address without TLS: for a network of containers that nobody else is on",
+    )
+    parser.add_argument("--loopback-host", help="where a Prometheus in a container reaches loopback trainers")
+    parser.add_argument("--dry-run", action="store_true", help="journal what would be done, do nothing")
+    given = vars(parser.parse_args())
+    load_plugin_actions()
+    policy_file, dry_run = given.pop("policy"), given.pop("dry_run")
     try:
-        run_sidecar(SidecarSettings(**vars(parser.parse_args())))
+        policy = read_policy(policy_file) if policy_file else DEFAULT_POLICY
+        policy = replace(policy, dry_run=policy.dry_run or dry_run)
+        run_sidecar(SidecarSettings(**given, policy=policy))
     except ObsinfraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""Alertmanager's webhook, version 4, as far as the sidecar reads it, and what an alert in it asks for.
+"""Alertmanager's webhook, version 4, as far as the sidecar reads it.
 
 The format: https://prometheus.io/docs/alerting/latest/configuration/#webhook_config. Only what is needed is
 required; fields that newer versions add are ignored.
@@ -12,12 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from obsinfra.catalog.actions import ACTIONS
-from obsinfra.control.command import Command, new_command
-
 MAX_ALERTS = 1_000
-COMMAND_SECONDS = 300.0
-"""A command that an alert caused is worth executing for this long."""
 
 STALE_SECONDS = 86_400.0
 """An alert that began longer ago and was never heard of is a replay, or its moment has passed."""
@@ -28,7 +23,7 @@ Text = Annotated[str, StringConstraints(max_length=4_000)]
 class WebhookAlert(BaseModel):
     """One alert of a notification."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     status: Literal["firing", "resolved"]
     labels: dict[Text, Text] = Field(max_length=100)
@@ -52,35 +47,39 @@ class WebhookAlert(BaseModel):
         """The `action` label; empty for alerts that only inform."""
         return self.labels.get("action", "")
 
-    def command_id(self) -> str:
-        """The same for each repetition of one firing, whichever Alertmanager sends it and however often."""
-        moment = f"{self.startsAt.timestamp():.6f}"  # the same in whichever time zone it is written
-        parts = (self.run, self.fingerprint, moment, self.action)
-        return "am-" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    @property
+    def severity(self) -> str:
+        """The `severity` label."""
+        return self.labels.get("severity", "")
+
+    @property
+    def speaks_of_host(self) -> bool:
+        """Whether it is about the host as a whole, and so about every run on it."""
+        return self.labels.get("scope") == "host" and not self.run
+
+    @property
+    def starts_at(self) -> float:
+        """`startsAt` in epoch seconds; the same in whichever time zone it is written."""
+        return self.startsAt.timestamp()
 
 
 class Webhook(BaseModel):
     """One notification."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     version: Literal["4"]
     alerts: list[WebhookAlert] = Field(max_length=MAX_ALERTS)
 
 
-def command_for(alert: WebhookAlert, traceparent: str | None) -> Command:
-    """The command a firing alert with a known action asks for."""
-    arguments = ACTIONS[alert.action].arguments
-    return new_command(
-        alert.run,
-        alert.action,
-        source="sidecar",
-        reason=f"alert {alert.name}: {alert.annotations.get('summary', '')}".rstrip(": "),
-        args={"alert": alert.name} if "alert" in arguments else {},
-        id=alert.command_id(),
-        lifetime_seconds=COMMAND_SECONDS,
-        traceparent=traceparent,
-    )
+def command_id(run: str, fingerprint: str, starts_at: float, what: str) -> str:
+    """The same for each repetition of one firing, whichever Alertmanager sends it and however often.
+
+    Args:
+        what: the action; of a later step, its number too.
+    """
+    parts = (run, fingerprint, f"{starts_at:.6f}", what)
+    return "am-" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def age_seconds(alert: WebhookAlert, now: datetime) -> float:

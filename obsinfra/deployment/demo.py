@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from obsinfra.deployment.drill import Drill, DrillResult
-from obsinfra.deployment.native_stack import NativeStack, StackInfo, StackUnavailable
+from obsinfra.deployment.native_stack import NativeStack, StackInfo
+from obsinfra.deployment.stack_state import StackUnavailable
 from obsinfra.errors import ConfigError
 from obsinfra.run.files import write_json_atomic
 

@@ -5,25 +5,38 @@ Called by the CLI and the demo. Everything lives in one state folder; `down` sto
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import http.client
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import obsinfra
+from obsinfra.alerting.routes import check_secret_files
+from obsinfra.catalog.alerts import ALERTS, Alert
+from obsinfra.config.notify import Notify
+from obsinfra.config.resolve import dump_toml
+from obsinfra.config.settings import Settings
 from obsinfra.deployment.ports import DEFAULT_PORTS, StackPorts, free_ports, in_url
 from obsinfra.deployment.stack_configuration import check_interval, ensure_token, write_configuration
-from obsinfra.deployment.stack_state import Child, Plan, Program, StackState
+from obsinfra.deployment.stack_state import (
+    Child,
+    Plan,
+    Program,
+    StackState,
+    StackUnavailable,
+    state_locked,
+)
 from obsinfra.deployment.stopping import signal_process, stop_processes, wait_gone
-from obsinfra.errors import ConfigError, UserError
+from obsinfra.errors import ConfigError
+from obsinfra.run.files import write_atomic
 
 BINARIES = {
     "Prometheus": ("prometheus",),
@@ -41,10 +54,6 @@ READY_SECONDS = 60.0
 GIVE_UP_RESTARTS = 3
 DOWN_SECONDS = 20.0
 SHOWN_LOG_LINES = 12
-
-
-class StackUnavailable(UserError):
-    """The native stack cannot run here: a program is missing or did not become ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,9 @@ class NativeStack:
         ports: StackPorts = DEFAULT_PORTS,
         scrape_interval: str | None = None,
         host: str = "127.0.0.1",
-        thresholds: Mapping[str, float] | None = None,
+        alerts: Sequence[Alert] = ALERTS,
+        notify: Notify | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> StackInfo:
         """Start the stack and wait until all of it is ready; if it is up already, return what is.
 
@@ -100,21 +111,27 @@ class NativeStack:
             ports: where to begin looking for free ports.
             scrape_interval: Prometheus duration for scraping and rule evaluation; None keeps the file's.
             host: address everything listens on.
-            thresholds: the user's `[thresholds]`, for Prometheus's rules.
+            alerts: the table Prometheus's rules are made from.
+            notify: the user's `[notify]`, for Alertmanager; None keeps the committed routes.
+            policy: the user's `[policy]`, for the sidecar.
 
         Raises:
             StackUnavailable: Prometheus or Alertmanager is not installed, or a program did not get ready; its
                 last log lines are in the message, and what had started is stopped again.
             UserError: `scrape_interval` is no duration.
-            ConfigError: the state folder is not writable, or thresholds are unknown.
+            ConfigError: the state folder is not writable, or a file with a secret that `notify` names is
+                missing, unreadable or empty.
         """
         if scrape_interval is not None:
             check_interval(scrape_interval)
-        with self._locked(create=True):
+        with state_locked(self.state_dir, create=True):
             info = self.status()
             if info is not None:
                 return replace(info, already_up=True)
             prometheus, alertmanager = (_binary(name) for name in BINARIES)
+            if notify is not None:
+                check_secret_files(notify)
+                _check_can_read_urls(alertmanager, notify)
             self._stop_leftovers()
             output_dir = output_dir.absolute()
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -125,8 +142,11 @@ class NativeStack:
                 {name: f"{in_url(host)}:{port}" for name, port in asdict(free).items()},
                 token_file,
                 scrape_interval=scrape_interval,
-                thresholds=thresholds,
+                alerts=alerts,
+                notify=notify,
             )
+            # A whole config.toml, of which the sidecar reads the one table.
+            write_atomic(self.state_dir / "policy.toml", dump_toml(Settings(policy=dict(policy or {}))))
             programs = self._programs(host, free, prometheus, alertmanager, output_dir, token_file)
             started = datetime.now(UTC).isoformat(timespec="milliseconds")
             Plan(str(self.state_dir), str(output_dir), started, programs).write()
@@ -162,7 +182,7 @@ class NativeStack:
         """
         if not self.state_dir.is_dir():
             return []
-        with self._locked():
+        with state_locked(self.state_dir):
             return self._down()
 
     def _down(self) -> list[str]:
@@ -203,6 +223,8 @@ class NativeStack:
             f"--port={ports.sidecar}",
             f"--token-file={token_file}",
             f"--state-dir={state / 'sidecar'}",
+            f"--policy={state / 'policy.toml'}",
+            f"--alertmanager-url={urls['alertmanager']}",
         ]
         if host != "127.0.0.1":
             sidecar_arguments.append(f"--host={host}")
@@ -290,23 +312,6 @@ class NativeStack:
             return "  (no log)"
         return "\n".join(f"  {line}" for line in text.splitlines()[-SHOWN_LOG_LINES:])
 
-    @contextlib.contextmanager
-    def _locked(self, *, create: bool = False) -> Iterator[None]:
-        """One `up` or `down` at a time per state folder; another waits."""
-        try:
-            if create:
-                self.state_dir.mkdir(parents=True, mode=0o700, exist_ok=True)
-            fd = os.open(self.state_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot use {self.state_dir}: {error.strerror}", "a writable folder", "choose --output-dir"
-            ) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
-
 
 def find_binary(program: str) -> str | None:
     """Path of `Prometheus` or `Alertmanager` on PATH, under upstream's or Debian's name; None if absent."""
@@ -321,6 +326,24 @@ def _binary(program: str) -> str:
             f"{' and '.join(missing)} not found on PATH", "the native binaries", f"install: {INSTALL_HINT}"
         )
     return found
+
+
+def _check_can_read_urls(alertmanager: str, notify: Notify) -> None:
+    """Refuse `url_file` of a webhook where Alertmanager is older than the version that introduced it."""
+    urls = ("notify.webhook.url_file", "notify.watchdog.url_file")
+    using = [name for name in notify.secret_files if name in urls]
+    if not using:
+        return
+    said = subprocess.run(
+        [alertmanager, "--version"], capture_output=True, text=True, timeout=READY_SECONDS, check=False
+    )
+    version = re.search(r"version (\d+)\.(\d+)", said.stdout + said.stderr)
+    if version is not None and (int(version[1]), int(version[2])) < (0, 26):
+        raise ConfigError(
+            f"{using[0]} with Alertmanager {version[1]}.{version[2]}",
+            "Alertmanager 0.26 or newer to read a webhook's address from a file",
+            "use url if the address is no secret, or install a newer Alertmanager",
+        )
 
 
 def _ready(program: Program, state: StackState | None) -> bool:

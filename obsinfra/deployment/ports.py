@@ -1,10 +1,12 @@
-"""Which TCP ports the stack listens on, and finding free ones. For the native stack and the doctor."""
+"""Which TCP ports the stack listens on, and finding free ones. For both ways to run it, and the doctor."""
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 from obsinfra.errors import ConfigError
 
@@ -20,15 +22,46 @@ class StackPorts:
     sidecar: int = 9465
 
 
+@dataclass(frozen=True, slots=True)
+class ComposePorts(StackPorts):
+    """The same for the stack in containers, which is more: what it publishes on 127.0.0.1."""
+
+    grafana: int = 3000
+    jaeger: int = 16686
+    otlp: int = 4318
+    mailpit: int = 8025
+
+
 DEFAULT_PORTS = StackPorts()
+DEFAULT_COMPOSE_PORTS = ComposePorts()
+
+Ports = TypeVar("Ports", bound=StackPorts)
 
 
-def free_ports(host: str, wanted: StackPorts) -> StackPorts:
+def wanted_ports(default: Ports) -> Ports:
+    """`default` with what the environment says: OBSINFRA_PORT_PROMETHEUS and the like.
+
+    Raises:
+        ConfigError: one of them is no port.
+    """
+    changes = {}
+    for name in asdict(default):
+        variable = f"OBSINFRA_PORT_{name.upper()}"
+        text = os.environ.get(variable, "")
+        if not text:
+            continue
+        if not (text.isascii() and text.isdigit() and int(text) < 65536):
+            raise ConfigError(f"{variable}={text!r}", "a port, 0 to 65535", f"correct or unset {variable}")
+        changes[name] = int(text)
+    return replace(default, **changes)
+
+
+def free_ports(host: str, wanted: Ports) -> Ports:
     """For each wanted port itself or the next free one; all different."""
     found: dict[str, int] = {}
     for name, port in asdict(wanted).items():
         found[name] = free_port(host, port, set(found.values()))
-    return StackPorts(**found)
+    return type(wanted)(**found)
 
 
 def free_port(host: str, wanted: int, used: set[int]) -> int:

@@ -1,7 +1,7 @@
 """The stack's committed configuration made ready for this machine: other addresses and paths, same rules.
 
-Called by the native stack. The committed files name container services; only values are replaced here, on
-the parsed document, so that both ways of running the stack keep one meaning.
+Called by the native stack and the one in containers. The committed files name container services; only values
+are replaced here, on the parsed document, so that both ways of running the stack keep one meaning.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,13 +18,17 @@ from urllib.parse import urlsplit
 import yaml
 
 import obsinfra
-from obsinfra.alerting.prometheus_rules import render_rules
-from obsinfra.catalog.alerts import with_thresholds
+from obsinfra.alerting.messages import render_templates
+from obsinfra.alerting.prometheus_rules import write_rules
+from obsinfra.alerting.routes import render_alertmanager
+from obsinfra.catalog.alerts import ALERTS, Alert
+from obsinfra.config.notify import Notify
+from obsinfra.deployment.ports import DEFAULT_PORTS
 from obsinfra.errors import UserError
 from obsinfra.run.files import write_atomic
 
-SERVICES = {"prometheus": "prometheus:9090", "alertmanager": "alertmanager:9093", "sidecar": "sidecar:9465"}
-"""Addresses in the committed files."""
+SERVICES = {name: f"{name}:{port}" for name, port in asdict(DEFAULT_PORTS).items()}
+"""Addresses in the committed files: in a network of containers each service has its own default port."""
 
 TOKEN_PATH = "/run/secrets/obsinfra_token"
 """Where the committed files expect the sidecar's bearer token."""
@@ -56,7 +61,10 @@ def write_configuration(
     token_file: Path,
     *,
     scrape_interval: str | None = None,
-    thresholds: Mapping[str, float] | None = None,
+    alerts: Sequence[Alert] = ALERTS,
+    notify: Notify | None = None,
+    runbooks: str | None = None,
+    paths: Mapping[str, str] | None = None,
 ) -> None:
     """Write `prometheus/` and `alertmanager/` under `state_dir`, ready to be started from.
 
@@ -65,23 +73,39 @@ def write_configuration(
         addresses: service name → `host:port` to put in place of the one in `SERVICES`.
         token_file: absolute path put in place of `TOKEN_PATH`.
         scrape_interval: Prometheus duration for scraping, evaluating and discovery; None keeps the files'.
-        thresholds: the user's `[thresholds]`, for the rules; empty keeps the committed rules.
+        alerts: the table the rules are made from.
+        notify: the user's `[notify]`, for Alertmanager; None or an empty one keeps the committed files.
+        runbooks: address of the runbooks as people reach it; None: the sidecar's in `addresses`.
+        paths: of files that `notify` names → where Alertmanager finds them instead.
 
     Raises:
         UserError: `scrape_interval` is no duration.
     """
     source = find_stack_files()
-    values = {SERVICES[name]: address for name, address in addresses.items()} | {TOKEN_PATH: str(token_file)}
+    values = {SERVICES[name]: address for name, address in addresses.items()}
+    values |= {TOKEN_PATH: str(token_file), **(paths or {})}
     prometheus = replaced(yaml.safe_load((source / "prometheus/prometheus.yml").read_text()), values)
     if scrape_interval is not None:
         _set_interval(prometheus, check_interval(scrape_interval))
-    alertmanager = replaced(yaml.safe_load((source / "alertmanager/alertmanager.yml").read_text()), values)
+    if notify is None or notify == Notify():
+        routes = (source / "alertmanager/alertmanager.yml").read_text()
+        committed = (source / "alertmanager/templates").glob("*.tmpl")
+        templates = {path.name: path.read_text() for path in committed}
+    else:
+        routes, templates = render_alertmanager(notify), render_templates(notify)
+    alertmanager = replaced(yaml.safe_load(routes), values)
     rules = state_dir / "prometheus" / "rules"
     shutil.rmtree(rules, ignore_errors=True)
     shutil.copytree(source / "prometheus" / "rules", rules)
-    if thresholds:
-        write_atomic(rules / "obsinfra.yml", render_rules(with_thresholds(thresholds)), mode=0o644)
-    (state_dir / "alertmanager").mkdir(exist_ok=True)
+    if (source / "prometheus" / "hosts").is_dir():
+        shutil.copytree(
+            source / "prometheus" / "hosts", state_dir / "prometheus" / "hosts", dirs_exist_ok=True
+        )
+    write_rules(rules / "obsinfra.yml", alerts, runbooks or f"http://{addresses['sidecar']}/runbooks")
+    shutil.rmtree(state_dir / "alertmanager" / "templates", ignore_errors=True)
+    (state_dir / "alertmanager" / "templates").mkdir(parents=True)
+    for name, text in templates.items():
+        write_atomic(state_dir / "alertmanager" / "templates" / name, text)
     for path, document in (
         (state_dir / "prometheus" / "prometheus.yml", prometheus),
         (state_dir / "alertmanager" / "alertmanager.yml", alertmanager),

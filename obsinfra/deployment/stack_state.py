@@ -1,20 +1,51 @@
-"""What the native stack writes about itself: the plan it runs from, and what runs now.
+"""What the native stack writes about itself: the plan it runs from, and what runs now. Plain data.
 
-Written by NativeStack (plan.json) and the supervisor (stack.json), read by both. Plain data.
+Written by NativeStack (plan.json) and the supervisor (stack.json), read by both. Also the state folder's
+lock, and the error of a stack that cannot run, which both kinds of stack share.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from obsinfra.errors import ObsinfraError
+from obsinfra.errors import ConfigError, ObsinfraError, UserError
 from obsinfra.run.files import write_json_atomic
 from obsinfra.run.process import ProcessId
 
 VERSION = 1
+
+
+@contextlib.contextmanager
+def state_locked(state_dir: Path, *, create: bool = False) -> Iterator[None]:
+    """One `up` or `down` at a time per state folder; another waits.
+
+    Raises:
+        ConfigError: the folder is not writable.
+    """
+    try:
+        if create:
+            state_dir.mkdir(parents=True, mode=0o700, exist_ok=True)
+        fd = os.open(state_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use {state_dir}: {error.strerror}", "a writable folder", "choose --output-dir"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+class StackUnavailable(UserError):
+    """The stack cannot run here: a program or an image is missing, or one did not become ready."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,9 @@ class MetricsServer:
 
         self._server = self._bind(Handler, host, port)
         self.port = self._server.server_port
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        # The address that a name meant when it was bound: others may not resolve it, or differently.
+        bound = str(self._server.server_address[0])
+        shown = "127.0.0.1" if bound in ("0.0.0.0", "::") else bound
         self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
         _servers.append(self._server)
         self._thread = threading.Thread(

@@ -31,6 +31,9 @@ THROTTLE_REASONS = {
 }
 """Bits of `nvmlClocksEventReasons` in nvml.h, by nvidia-smi's names. An idle GPU (0x1) is not throttled."""
 
+NVLINK_FIELDS = {"crc": 38, "replay": 52, "recovery": 59}
+"""Field ids of nvml.h whose values are totals over all links: CRC flit errors, replays, recoveries."""
+
 XID_EVENTS_PER_SAMPLE = 128
 """A GPU in trouble can raise events faster than they are read; the rest waits for the next sample."""
 
@@ -141,6 +144,8 @@ class NvmlGpuSampler:
             self._throttled,
             lambda device: self._ecc(device, "corrected", pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
             lambda device: self._ecc(device, "uncorrected", pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
+            self._pcie_replays,
+            self._nvlink,
         )
         self._all, self._devices = devices, visible
         self._matched_to_torch = False
@@ -191,11 +196,9 @@ class NvmlGpuSampler:
             yield catalog.GPU_MEMORY_RATIO, {}, memory.used / memory.total
 
     def _utilization(self, device: Any) -> Reading:
-        yield (
-            catalog.GPU_UTILIZATION_RATIO,
-            {},
-            self._nvml.nvmlDeviceGetUtilizationRates(device.handle).gpu / 100,
-        )
+        rates = self._nvml.nvmlDeviceGetUtilizationRates(device.handle)
+        yield catalog.GPU_UTILIZATION_RATIO, {}, rates.gpu / 100
+        yield catalog.GPU_MEMORY_ACTIVITY_RATIO, {}, rates.memory / 100
 
     def _temperature(self, device: Any) -> Reading:
         nvml = self._nvml
@@ -224,6 +227,23 @@ class NvmlGpuSampler:
     def _ecc(self, device: Any, name: str, kind: int) -> Reading:
         count = self._nvml.nvmlDeviceGetTotalEccErrors(device.board, kind, self._nvml.NVML_VOLATILE_ECC)
         yield catalog.GPU_ECC_ERRORS, {"type": name}, count
+
+    def _pcie_replays(self, device: Any) -> Reading:
+        yield catalog.GPU_PCIE_REPLAYS, {}, self._nvml.nvmlDeviceGetPcieReplayCounter(device.board)
+
+    def _nvlink(self, device: Any) -> Reading:
+        """Field values carry an error each; what this device or driver does not count is absent."""
+        nvml = self._nvml
+        fields = nvml.nvmlDeviceGetFieldValues(device.board, list(NVLINK_FIELDS.values()))
+        absent = (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_INVALID_ARGUMENT)
+        for name, found in zip(NVLINK_FIELDS, fields, strict=True):
+            if found.nvmlReturn in absent:
+                continue
+            if found.nvmlReturn != nvml.NVML_SUCCESS:
+                raise nvml.NVMLError(found.nvmlReturn)
+            small = found.valueType == nvml.NVML_VALUE_TYPE_UNSIGNED_INT
+            count = found.value.uiVal if small else found.value.ullVal
+            yield catalog.GPU_NVLINK_ERRORS, {"type": name}, count
 
     # ---- inside --------------------------------------------------------------------------------------
 

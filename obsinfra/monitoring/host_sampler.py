@@ -100,6 +100,7 @@ class HostSampler:
         used = memory.total - memory.available
         yield catalog.HOST_MEMORY_USED_BYTES, used
         yield catalog.HOST_MEMORY_TOTAL_BYTES, memory.total
+        yield catalog.HOST_SWAP_USED_BYTES, psutil.swap_memory().used
         tightest = memory_limit(self._cgroup_root)
         if tightest is not None:
             yield catalog.CGROUP_MEMORY_USED_BYTES, tightest.used_bytes

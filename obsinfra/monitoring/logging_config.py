@@ -22,6 +22,7 @@ import structlog
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.log_lines import console_line, json_line, plain_line
 from obsinfra.monitoring.rotating_file import RotatingFile
+from obsinfra.run.files import of_rank
 
 CHANNELS = ("training", "performance", "errors", "system")
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
@@ -77,6 +78,19 @@ def set_context_source(source: Callable[[], Mapping[str, Any]] | None) -> None:
     _context_source = source
 
 
+def set_log_level(level: str) -> str | None:
+    """Change the least level written until the process ends, or until `configure_logging` is called again.
+
+    Returns:
+        The level until now; None when nothing is configured, where the host program decides.
+
+    Raises:
+        ConfigError: unknown level.
+    """
+    least, sink = _level(level), _sink
+    return sink.set_least(least) if sink is not None else None
+
+
 def log_errors() -> int:
     """Events this process could not write (disk full, terminal gone); counted, never raised."""
     return _log_errors
@@ -116,11 +130,10 @@ def configure_logging(
     identity = {key: value for key, value in (("run", run), ("model", model)) if value} | {"rank": rank}
     files: dict[str, RotatingFile] = {}
     if log_dir is not None:
-        suffix = f"-rank{rank}" if rank else ""
         try:
             log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             for channel in CHANNELS:
-                path = log_dir / f"{channel}{suffix}.jsonl"
+                path = of_rank(log_dir / f"{channel}.jsonl", rank)
                 files[channel] = RotatingFile(path, max_bytes=max_bytes, backups=backups)
                 files[channel].open()
         except OSError as error:
@@ -163,6 +176,12 @@ class _Sink:
         self._root_level = root.level
         root.addHandler(self._handler)
         root.setLevel(min(root.level, least))  # never hides a record from a handler of somebody else
+
+    def set_least(self, least: int) -> str:
+        before, self.least = self.least, least
+        self._handler.setLevel(least)
+        logging.getLogger().setLevel(min(self._root_level, least))
+        return _level_name(before)
 
     def close(self) -> None:
         root = logging.getLogger()

@@ -12,7 +12,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -34,6 +34,7 @@ RATE_SECONDS = 10.0
 """Throughput is an average over this long."""
 
 _DATA = PHASES.index("data")
+_STEPLESS = (PHASES.index("validation"), PHASES.index("paused"))
 _OTHER = PHASES.index("other")
 _OUTSIDE = len(PHASES)
 _STARTUP = len(PHASES) + 1
@@ -143,6 +144,9 @@ class Recorder:
         epoch: current epoch.
         nonfinite: steps whose loss or gradient norm was NaN or infinite.
         rework_until_step: steps below this number were done before and count as rework.
+        alarm_norm: a gradient norm above this, or a value that is not finite, calls `on_alarm` once its step
+            is in the ring: what must not wait for the next round of housekeeping.
+        on_alarm: called on the loop's thread; must return at once.
     """
 
     def __init__(self, *, trace_every: int = 100) -> None:
@@ -155,6 +159,8 @@ class Recorder:
         self.loss_scale: float | None = None
         self.train_metrics: dict[str, Any] = {}
         self.rework_until_step = 0
+        self.alarm_norm = math.inf
+        self.on_alarm: Callable[[], None] | None = None
 
         self._trace_every = trace_every
         self._slow_seconds = math.inf
@@ -172,6 +178,7 @@ class Recorder:
         self._grad_norm: float | None = None
         self._samples = 0
         self._bad = False
+        self._alarmed = False
         self._late_bad_step: int | None = None
         self._ring: deque[tuple[Any, ...]] = deque(maxlen=RING_STEPS)  # StepRecord fields, cheaply
         self._late: deque[tuple[float, float | None, float | None]] = deque(maxlen=RING_STEPS)
@@ -194,11 +201,14 @@ class Recorder:
         self.exemplars: dict[int, Exemplar] = {}
         self.recent_seconds: deque[float] = deque(maxlen=4096)
         self._median_seconds = 0.0
-        self._window: deque[tuple[float, float, float]] = deque()
+        self._window: deque[tuple[float, float, float, float]] = deque()
+        self._last_ended: float | None = None
+        self._stepless_until_then = 0.0
         self._rate: deque[tuple[float, int]] = deque([(self._started, 0)])
         self._traced: deque[TracedStep] = deque(maxlen=1024)
         self._loss_sum = 0.0
         self._loss_count = 0
+        self._largest_norm: float | None = None
 
     # ---- the loop's side -------------------------------------------------------------------------
 
@@ -250,6 +260,8 @@ class Recorder:
         self._samples = 0
         self._bad = False
         self.step = step + 1
+        if self._alarmed:
+            self._alarm()
 
     def abandon_step(self) -> None:
         """The step ended early (no more data, an exception); its time counts, the step does not."""
@@ -289,6 +301,8 @@ class Recorder:
         self._samples = 0
         self._bad = False
         self.step += 1
+        if self._alarmed:
+            self._alarm()
 
     def record(
         self,
@@ -319,12 +333,14 @@ class Recorder:
             if loss is not None:
                 self._loss = self.last_loss = loss
                 if loss - loss != 0.0 and not self._bad:
-                    self._bad = True
+                    self._bad = self._alarmed = True
                     self.nonfinite += 1
             if grad_norm is not None:
                 self._grad_norm = self.last_grad_norm = grad_norm
+                if grad_norm > self.alarm_norm:
+                    self._alarmed = True
                 if grad_norm - grad_norm != 0.0 and not self._bad:
-                    self._bad = True
+                    self._bad = self._alarmed = True
                     self.nonfinite += 1
         self._samples += samples
         if learning_rate is not None:
@@ -359,6 +375,7 @@ class Recorder:
                     self.bucket_counts[bisect_left(STEP_BUCKETS, seconds)] += 1
                     self.step_seconds_sum += seconds
                 self._folded_steps += 1
+                self._last_ended = record.ended
                 self.steps += 1
                 self.samples += record.samples
                 self._see(record.ended, seconds, record.loss, record.grad_norm)
@@ -369,6 +386,8 @@ class Recorder:
             for _ in range(len(self._late)):
                 arrived, loss, grad_norm = self._late.popleft()
                 self._see(arrived, 0.0, loss, grad_norm)
+            if durations:
+                self._stepless_until_then = self._stepless()
             now = perf_counter()
             while window and window[0][0] < now - WINDOW_SECONDS:
                 window.popleft()
@@ -408,11 +427,31 @@ class Recorder:
 
     def peak_grad_norm(self) -> float | None:
         """Largest gradient norm of the last `WINDOW_SECONDS`; NaN never is, infinity is."""
-        return max((norm for _, _, norm in tuple(self._window) if norm >= 0.0), default=None)
+        return max((norm for _, _, norm, _ in tuple(self._window) if norm >= 0.0), default=None)
+
+    def peak_loss(self) -> float | None:
+        """Largest loss of the last `WINDOW_SECONDS`; NaN never is, infinity is."""
+        return max((loss for *_, loss in tuple(self._window) if loss == loss), default=None)
+
+    def seconds_since_step(self) -> float | None:
+        """Seconds since the last step ended, without validation and pauses since; None before the first one.
+
+        To within a fold: what of them began between the last step and the fold that saw it counts as time
+        without a step up to that fold.
+        """
+        ended = self._last_ended
+        if ended is None:
+            return None
+        stepless = self._stepless() - self._stepless_until_then
+        return max(0.0, perf_counter() - ended - stepless)
+
+    def _stepless(self) -> float:
+        seconds = self._until_now()
+        return sum(seconds[phase] for phase in _STEPLESS)
 
     def step_time(self) -> float | None:
         """Slowest step of the last `WINDOW_SECONDS`, counting the one still running."""
-        slowest = max((seconds for _, seconds, _ in tuple(self._window)), default=None)
+        slowest = max((seconds for _, seconds, *_ in tuple(self._window)), default=None)
         started = self._step_started
         if started is not None:
             running = perf_counter() - started
@@ -444,6 +483,7 @@ class Recorder:
             "data": by_name["data"],
             "checkpoint": by_name["checkpoint"],
             "validation": by_name["validation"],
+            "paused": by_name["paused"],
             "outside_step": seconds[_OUTSIDE],
             "rework": self.rework_seconds,
         }
@@ -461,6 +501,12 @@ class Recorder:
             mean = self._loss_sum / self._loss_count if self._loss_count else None
             self._loss_sum, self._loss_count = 0.0, 0
         return mean
+
+    def take_peak_grad_norm(self) -> float | None:
+        """Largest gradient norm seen since the last call; None without any. NaN never is, infinity is."""
+        with self._fold_lock:
+            peak, self._largest_norm = self._largest_norm, None
+        return peak
 
     def train_metric_values(self) -> Mapping[str, float]:
         """Further metrics as numbers. Waits for the device if they are on one: not for the loop's thread."""
@@ -496,10 +542,18 @@ class Recorder:
             return list(self._shown)
 
     def _see(self, at: float, seconds: float, loss: float | None, grad_norm: float | None) -> None:
-        self._window.append((at, seconds, -1.0 if grad_norm is None else grad_norm))
+        norm = -1.0 if grad_norm is None else grad_norm
+        self._window.append((at, seconds, norm, math.nan if loss is None else loss))
         if loss is not None and loss - loss == 0.0:
             self._loss_sum += loss
             self._loss_count += 1
+        if norm >= 0.0 and (self._largest_norm is None or norm > self._largest_norm):
+            self._largest_norm = norm
+
+    def _alarm(self) -> None:
+        self._alarmed = False
+        if self.on_alarm is not None:
+            self.on_alarm()
 
     def _keep_trace(self, record: StepRecord, reason: StepReason | None) -> None:
         sampled = self._trace_every and record.step % self._trace_every == 0
@@ -546,6 +600,8 @@ class Recorder:
             self._late_bad_step = step
             self.nonfinite += 1
         self._late.append((perf_counter(), loss, grad_norm))
+        if _nonfinite(loss) or (grad_norm is not None and not grad_norm <= self.alarm_norm):
+            self._alarm()
 
 
 def _nonfinite(value: float | None) -> bool:

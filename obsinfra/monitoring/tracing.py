@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from obsinfra.errors import ConfigError
+from obsinfra.run.files import of_rank
 
 StepReason = Literal["sampled", "slow", "nonfinite"]
 """Why a step was traced."""
@@ -224,8 +225,8 @@ def create_tracer(
     address = _traces_address(endpoint)
     if address is None and probe and collector_answers(DEFAULT_COLLECTOR):
         address = f"{DEFAULT_COLLECTOR}/v1/traces"
-    if trace_file is not None and rank > 0:
-        trace_file = trace_file.with_stem(f"{trace_file.stem}-rank{rank}")
+    if trace_file is not None:
+        trace_file = of_rank(trace_file, rank)
     if address is None and trace_file is None:
         return _NULL
     from obsinfra.monitoring.otel_tracer import OtelTracer  # imports OpenTelemetry: a tenth of a second

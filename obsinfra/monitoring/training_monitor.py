@@ -13,6 +13,7 @@ import platform
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,18 +25,23 @@ from typing import Any
 
 from obsinfra.alerting.evaluator import AlertEvaluator, AlertStatus
 from obsinfra.catalog import metrics as catalog
-from obsinfra.catalog.alerts import with_thresholds
+from obsinfra.catalog.alert_changes import CHANGEABLE, alert_table
+from obsinfra.errors import ConfigError
 from obsinfra.monitoring.exporter import HistogramSample, MetricsServer, SampleCollector
 from obsinfra.monitoring.gpu_sampler import create_gpu_sampler
 from obsinfra.monitoring.history import History
 from obsinfra.monitoring.host_sampler import HostSampler
 from obsinfra.monitoring.instruments import HistogramValue, Instruments
 from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.monitoring.performance_history import NullPerformanceHistory, PerformanceHistory
 from obsinfra.monitoring.recorder import Recorder, _Phase, _Step
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.tracing import Tracer, create_tracer, null_tracer, trace_id_of
 
-RUN_STATES = ("starting", "running", "stopping", "finished", "stopped", "failed")
+RUN_STATES = ("starting", "running", "paused", "stopping", "finished", "stopped", "failed")
+HURRY_SECONDS = 0.1
+"""At least so long between two evaluations out of turn."""
+
 SHOWN_EVENTS = 20
 """Checkpoints and commands kept for the page."""
 
@@ -75,10 +81,12 @@ class TrainingMonitor:
         rank, world_size: this process's place among the ranks.
         metrics_host, metrics_port: where `/metrics` and the page listen; a taken port gives way to the next.
         sample_seconds: interval of host and GPU samples, alert evaluation and history points.
-        thresholds: overrides of the alert table, by key (`catalog.alerts`).
+        thresholds: other thresholds of the alert table, by key (`catalog.alerts`).
+        alerts: other fields of its rows: key → field → value, as under `[alerts]` of the settings.
         trace_every: trace every Nth step besides the slow ones; 0 traces only those.
         otlp_endpoint: OTLP/HTTP collector; None uses one that answers on 127.0.0.1:4318.
         trace_file: where spans are also kept, one JSON document a line.
+        history_file: where the numbers are kept as they go (`performance_history`); its folder must exist.
         disk_path: folder whose free space is watched.
         epochs: epochs planned, for progress and ETA; 0 when open-ended.
         device, precision: shown in build info and on the page.
@@ -98,9 +106,11 @@ class TrainingMonitor:
         metrics_port: int = 9464,
         sample_seconds: float = 1.0,
         thresholds: Mapping[str, float] | None = None,
+        alerts: Mapping[str, Mapping[str, Any]] | None = None,
         trace_every: int = 100,
         otlp_endpoint: str | None = None,
         trace_file: Path | None = None,
+        history_file: Path | None = None,
         disk_path: Path | None = None,
         epochs: int = 0,
         device: str = "cpu",
@@ -120,7 +130,9 @@ class TrainingMonitor:
         self.started_at = time.time()
         self.recorder = Recorder(trace_every=trace_every)
         self.instruments = Instruments()
+        self._sources: list[weakref.WeakMethod[Callable[[], Iterable[Sample]]]] = []
         self.history = History()
+        self._kept = PerformanceHistory(history_file, rank) if history_file else NullPerformanceHistory()
         self.tracer: Tracer = null_tracer()
         self.trace_id: str | None = None
         self.url: str | None = None
@@ -136,12 +148,16 @@ class TrainingMonitor:
         self._sampled: list[Sample] = []
         self._host_view: dict[str, Any] = {}
         self._alert_mode = alert_mode
-        self._evaluator = AlertEvaluator(with_thresholds(thresholds or {}), self._for_alerts, clock=time.time)
+        self._alerts = alert_table(thresholds, alerts)
+        self._evaluator = AlertEvaluator(self._alerts, self._for_alerts, clock=time.time)
         self._after_alerts = after_alerts
         self.alerts: list[AlertStatus] = []
         self._server: MetricsServer | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._wake = threading.Event()
+        self.recorder.on_alarm = self._wake.set
+        self._set_alarm()
         self._known_failures: set[str] = set()
         self._log = get_logger("system")
         self._revision = git_revision
@@ -182,7 +198,9 @@ class TrainingMonitor:
             time.time_ns(), {"obsinfra.device": self.device, "obsinfra.epochs": self.epochs}
         )
         self.trace_id = trace_id_of(started)
+        self._kept.start(self._facts())
         self._stop.clear()
+        self._wake.clear()
         self._thread = threading.Thread(target=self._housekeeping, name="obsinfra-monitor", daemon=True)
         self._thread.start()
 
@@ -191,9 +209,11 @@ class TrainingMonitor:
         if self._thread is None:
             return
         self._stop.set()
+        self._wake.set()
         self._thread.join(timeout=10)
         self._thread = None
-        self._tick()
+        self._tick(last=True)
+        self._kept.close()
         self.tracer.close(timeout=3.0)
         if self._server is not None:
             self._server.stop()
@@ -267,6 +287,7 @@ class TrainingMonitor:
         for name, value in self.validation.items():
             self.instruments.set(catalog.VALIDATION_METRIC, value, metric=name)
         self.history.add_validation(self.recorder.step, self.validation)
+        self._kept.validation(self.recorder.step, self.validation)
 
     def begin_epoch(self, epoch: int) -> None:
         """An epoch starts, or goes on after a restart."""
@@ -282,6 +303,36 @@ class TrainingMonitor:
         self.state = state
         for name in RUN_STATES:
             self.instruments.set(catalog.RUN_STATE, float(name == state), state=name)
+
+    def set_threshold(self, key: str, value: float | None) -> tuple[float, float]:
+        """Judge one alert by another threshold until the process ends. On any thread.
+
+        Args:
+            key: as under `[thresholds]`.
+            value: in the unit of the alert table; None: what the settings say.
+
+        Returns:
+            The threshold until now, and the new one.
+
+        Raises:
+            ConfigError: an unknown key, or an alert that is not judged in this process.
+        """
+        judged = {row.key: row for row in self._evaluator.alerts}
+        if key not in judged:
+            raise ConfigError(
+                f"threshold {key!r} is not one of those judged in this process",
+                f"one of {', '.join(judged)}",
+                "correct key",
+            )
+        if value is None:
+            value = next(row.threshold for row in self._alerts if row.key == key)
+        try:
+            changed = CHANGEABLE["threshold"](judged[key], value)
+        except ValueError as error:
+            raise ConfigError(f"threshold {key} = {value}", str(error), "give another value") from None
+        self._evaluator.replace(changed)
+        self._set_alarm()
+        return judged[key].threshold, changed.threshold
 
     # ---- what others report ----------------------------------------------------------------------
 
@@ -333,8 +384,14 @@ class TrainingMonitor:
         step: int | None,
         started_at: float,
         traceparent: str | None = None,
+        seconds: float | None = None,
     ) -> None:
-        """A control command reached its final state now. `started_at` is epoch seconds."""
+        """A control command reached its final state now.
+
+        Args:
+            started_at: epoch seconds.
+            seconds: how long its action took; None when it was not carried out.
+        """
         now = time.time()
         self.commands.appendleft(
             {
@@ -348,6 +405,8 @@ class TrainingMonitor:
             }
         )
         self.instruments.add(catalog.CONTROL_COMMANDS, action=action, outcome=outcome)
+        if seconds is not None:
+            self.instruments.observe(catalog.CONTROL_ACTION_SECONDS, seconds, action=action)
         self.tracer.emit(
             f"command {action}",
             int(started_at * 1e9),
@@ -399,6 +458,7 @@ class TrainingMonitor:
                 out.append(Sample(metric, labels, float(value)))
 
         put(catalog.TRAIN_LOSS, recorder.last_loss)
+        put(catalog.TRAIN_LOSS_PEAK, recorder.peak_loss())
         put(catalog.GRADIENT_NORM, recorder.last_grad_norm)
         put(catalog.GRADIENT_NORM_PEAK, recorder.peak_grad_norm())
         put(catalog.LEARNING_RATE, recorder.learning_rate)
@@ -407,10 +467,16 @@ class TrainingMonitor:
         put(catalog.EPOCH, recorder.epoch)
         put(catalog.EPOCHS_PLANNED, self.epochs or None)
         put(catalog.STEP, recorder.step)
+        if self.epochs and self.steps_per_epoch:
+            put(catalog.STEPS_PLANNED, self.epochs * self.steps_per_epoch)
+        put(catalog.ETA_SECONDS, self._progress()["eta_seconds"])
         put(catalog.STEPS, recorder.steps)
         put(catalog.SAMPLES, recorder.samples)
         put(catalog.SAMPLES_PER_SECOND, recorder.samples_per_second())
         put(catalog.STEP_TIME_SECONDS, recorder.step_time())
+        put(catalog.STEP_MEDIAN_SECONDS, recorder.median_step_seconds() or None)
+        if self.state == "running":
+            put(catalog.SECONDS_SINCE_STEP, recorder.seconds_since_step())
         put(catalog.GOODPUT_RATIO, recorder.goodput())
         put(catalog.CHECKPOINT_AGE_SECONDS, time.time() - self._last_commit_at)
         put(catalog.TELEMETRY_DROPPED, self.tracer.dropped, component="tracing")
@@ -427,7 +493,31 @@ class TrainingMonitor:
         }  # one series, however many devices the alert fires for
         for name, severity in sorted(firing):
             put(catalog.ALERT_FIRING, 1.0, alert=name, severity=severity)
-        return [*out, *self._sampled, *self.instruments.samples()]
+        return [*out, *self._from_sources(), *self._sampled, *self.instruments.samples()]
+
+    def present_value(self, metric: catalog.Metric) -> float | None:
+        """What a metric without labels of its own shows now; None while it is absent."""
+        return next((sample.value for sample in self.samples() if sample.metric is metric), None)
+
+    def add_source(self, read: Callable[[], Iterable[Sample]]) -> None:
+        """Show what `read` returns as well, for as long as the object lives whose method it is.
+
+        Values of several sources with the same metric and labels are added up. May be called again with the
+        same method.
+        """
+        source = weakref.WeakMethod(read)
+        if source not in self._sources:
+            self._sources.append(source)
+
+    def _from_sources(self) -> list[Sample]:
+        totals: dict[tuple[str, tuple[tuple[str, str], ...]], Sample] = {}
+        for source in list(self._sources):
+            read = source()
+            for sample in read() if read is not None else ():
+                key = (sample.metric.name, tuple(sorted(sample.labels.items())))
+                before = totals[key].value if key in totals else 0.0
+                totals[key] = Sample(sample.metric, sample.labels, before + sample.value)
+        return list(totals.values())
 
     def live(self, since: int) -> dict[str, Any]:
         """The document of `/api/live`; numbers that are not finite become null."""
@@ -498,34 +588,69 @@ class TrainingMonitor:
             add(catalog.CHECKPOINT_FAILURES, 0, kind=kind)
         add(catalog.CHECKPOINT_WRITTEN_BYTES, 0)
         self.set_state("starting")
-        try:
-            torch_version = version("torch")
-        except PackageNotFoundError:
-            torch_version = "none"
         self.instruments.set(
             catalog.BUILD_INFO,
             1.0,
             version=version("obsinfra"),
-            torch=torch_version,
+            torch=_torch_version(),
             python=platform.python_version(),
             revision=self._revision or "",
             device=self.device,
             precision=self.precision,
         )
 
-    def _housekeeping(self) -> None:
-        while not self._stop.wait(self._sample_seconds):
-            self._tick()
+    def _facts(self) -> dict[str, Any]:
+        """What this process is and what it runs on."""
+        return {
+            "model": self.model,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "resumed_from_step": self.resumed_from_step,
+            "device": self.device,
+            "precision": self.precision,
+            "revision": self._revision,
+            "versions": {
+                "obsinfra": version("obsinfra"),
+                "torch": _torch_version(),
+                "python": platform.python_version(),
+            },
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "gpus": [gpu["name"] for gpu in self._gpu_sampler.describe()],
+        }
 
-    def _tick(self) -> None:
-        """One round of housekeeping; each part may fail without stopping the others."""
-        for name, part in (
+    def _housekeeping(self) -> None:
+        """A round every `sample_seconds`; the alerts at once when the recorder raises an alarm."""
+        due = time.monotonic() + self._sample_seconds
+        while True:
+            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            if time.monotonic() >= due:  # also where alarms never cease
+                self._tick()
+                due = time.monotonic() + self._sample_seconds
+            else:
+                self._look_after(("recorder", self.recorder.fold), ("alerts", self._evaluate))
+                self._stop.wait(HURRY_SECONDS)  # a loop that raises one every step gets no evaluation each
+
+    def _tick(self, *, last: bool = False) -> None:
+        """One round of housekeeping."""
+        self._look_after(
             ("recorder", self.recorder.fold),
             ("samplers", self._sample),
             ("alerts", self._evaluate),
             ("tracing", self._trace),
             ("history", self._remember),
-        ):
+            ("history_file", lambda: self._kept.summary(self.get_performance_summary, last=last)),
+            ("history_file", self._kept.write),
+        )
+
+    def _look_after(self, *parts: tuple[str, Callable[[], None]]) -> None:
+        """Each part may fail without stopping the others."""
+        for name, part in parts:
             try:
                 part()
             except Exception as error:
@@ -556,8 +681,18 @@ class TrainingMonitor:
     def _for_alerts(self) -> list[tuple[str, Mapping[str, str], float]]:
         return [(sample.metric.sample_name, sample.labels, sample.value) for sample in self.samples()]
 
+    def _set_alarm(self) -> None:
+        """A gradient norm that makes an alert fire at once is not left to the next round."""
+        limits = [
+            alert.limit
+            for alert in self._evaluator.alerts
+            if alert.metric is catalog.GRADIENT_NORM_PEAK and not alert.for_seconds
+        ]
+        self.recorder.alarm_norm = min(limits, default=math.inf)
+
     def _evaluate(self) -> None:
         self.alerts = self._evaluator.evaluate()
+        self._kept.alerts(self.alerts, self.recorder.step)
         if self._after_alerts is not None:
             self._after_alerts(self.alerts)
 
@@ -581,21 +716,21 @@ class TrainingMonitor:
             for gpu in gpus
             if gpu["memory_used_bytes"] is not None and gpu["memory_total_bytes"]
         ]
-        self.history.add(
-            {
-                "time": time.time(),
-                "step": recorder.step,
-                "loss": recorder.take_mean_loss(),
-                "grad_norm": recorder.peak_grad_norm() if self.state == "running" else None,
-                "learning_rate": recorder.learning_rate,
-                "samples_per_second": recorder.samples_per_second(),
-                "step_time_seconds": recorder.median_step_seconds() or None,
-                "cpu_ratio": self._host_view.get("cpu_ratio"),
-                "memory_ratio": self._host_view.get("memory_ratio"),
-                "gpu_ratio": sum(busy) / len(busy) if busy else None,
-                "gpu_memory_ratio": max(full) if full else None,
-            }
-        )
+        point: dict[str, float | None] = {
+            "time": time.time(),
+            "step": recorder.step,
+            "loss": recorder.take_mean_loss(),
+            "grad_norm": recorder.take_peak_grad_norm(),
+            "learning_rate": recorder.learning_rate,
+            "samples_per_second": recorder.samples_per_second(),
+            "step_time_seconds": recorder.median_step_seconds() or None,
+            "cpu_ratio": self._host_view.get("cpu_ratio"),
+            "memory_ratio": self._host_view.get("memory_ratio"),
+            "gpu_ratio": sum(busy) / len(busy) if busy else None,
+            "gpu_memory_ratio": max(full) if full else None,
+        }
+        self.history.add(point)
+        self._kept.point(point)
 
     def _progress(self) -> dict[str, Any]:
         recorder = self.recorder
@@ -647,6 +782,13 @@ class TrainingMonitor:
             },
         )
         return [(catalog.STEP_DURATION_SECONDS, {}, steps), *self.instruments.histograms()]
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _finite(value: Any) -> Any:

@@ -105,6 +105,8 @@ class Keeper:
         backup: the store; None (backups disabled) makes every call a no-op that returns None.
         log_path: where the writer notes what it saved after the trainer was lost; the mirror notes beside it,
             in `mirror.jsonl`, what it copied after the trainer's end.
+        ask_all: for a state in shards, of which a copy takes all ranks: has every rank call `agreed` at one
+            boundary. None: this process has all of the state.
 
     Attributes:
         due: `perf_counter` moment at which `keep_up` wants to be called next.
@@ -120,8 +122,11 @@ class Keeper:
         *,
         run: str,
         log_path: Path,
+        ask_all: Callable[[str], None] | None = None,
     ) -> None:
         self.backup = backup
+        self._ask_all = ask_all
+        self._lends = ask_all is not None and not settings.disable_backups
         self._state = state
         self._monitor = monitor
         self._recorder = monitor.recorder
@@ -139,9 +144,11 @@ class Keeper:
                 on_event=self._on_event,
                 log_path=log_path,
                 retention=backup.policy,
+                compression=settings.checkpoint_compression,
             )
         self._mirror = self._mirror_of(backup, run, log_path)
         self.last_commit_seconds = 0.0
+        self._under_way: set[Saving] = set()
         self._last_regular_at = perf_counter()
         interval = settings.checkpoint_seconds
         self._checkpoint_due = perf_counter() + interval if backup is not None and interval > 0 else math.inf
@@ -174,25 +181,49 @@ class Keeper:
 
     def keep_up(self, epoch: int) -> None:
         """At a step boundary: the regular checkpoint and the snapshot that are due."""
+        if self._ask_all is not None:
+            if (now := perf_counter()) < self.due:
+                return
+            if not self.sound():
+                self.due = now + MIN_SNAPSHOT_SECONDS
+                return
+            self.due = math.inf  # until all ranks are at the boundary
+            self._ask_all("regular" if now >= self._checkpoint_due else "snapshot")
+            return
         if perf_counter() >= self._checkpoint_due and self.sound():
             self.begin("regular", Request.now("interval"), epoch)
         if perf_counter() >= self._snapshot_due:
+            self.snapshot(epoch)
+
+    def agreed(self, what: str, epoch: int) -> None:
+        """Every rank, at the same boundary: what rank 0 has asked all for."""
+        if what == "regular":
+            self.begin("regular", Request.now("interval"), epoch)
+        else:
             self.snapshot(epoch)
 
     def epoch_ended(self, epoch: int) -> None:
         """After `epoch` epochs: the regular checkpoint the settings ask for."""
         every = self._settings.checkpoint_epochs
         rested = perf_counter() - self._last_regular_at >= self._settings.checkpoint_min_seconds
+        if self._ask_all is not None:
+            # Ranks differ in what their clocks say, so rank 0 asks, and it is at a boundary soon after.
+            if self._checkpointer is not None and every and epoch % every == 0 and rested:
+                self._ask_all("regular")
+            return
         if every and epoch % every == 0 and rested and self.sound():
             self.begin("regular", Request.now("epoch end"), epoch)
 
     def snapshot(self, epoch: int) -> None:
         """Copy the state into shared memory; nothing without backups or while the state is not sound."""
         if self._checkpointer is None:
+            self._lend()
             return
         started = perf_counter()
         if self.sound():
             self._take(epoch, urgent=False, wait=0.0)
+        else:
+            self._lend()
         every = self._settings.snapshot_seconds or max(
             MIN_SNAPSHOT_SECONDS, self._checkpointer.last_snapshot_seconds / SNAPSHOT_SHARE
         )
@@ -212,8 +243,10 @@ class Keeper:
             None when backups are disabled or nothing could be copied (counted and logged).
         """
         if self._checkpointer is None:
+            self._lend()
             return None
         if kind == "emergency" and not self.sound():
+            self._lend()
             return self.begin_snapshot(request)
         taken = self._take(epoch, urgent=kind == "emergency", wait=SLOT_SECONDS)
         saving = self._commit(kind, request, "live state", sound=False) if taken else None
@@ -242,6 +275,12 @@ class Keeper:
         saving = self.begin_snapshot(request)
         return saving.wait() if saving is not None else None
 
+    def settle(self) -> None:
+        """Wait until nothing is on its way to the store any more."""
+        with self._recorder.phase("checkpoint"):
+            for saving in list(self._under_way):
+                saving.wait()
+
     def close(self, timeout: float) -> None:
         """Wait for what is being committed, then end the writer; it goes on alone after `timeout` seconds.
 
@@ -253,17 +292,24 @@ class Keeper:
 
     # ---- inside ------------------------------------------------------------------------------------
 
+    def _lend(self) -> None:
+        """Take part in the gathering of a state in shards where this rank, or this moment, keeps nothing."""
+        if self._lends:
+            with self._recorder.phase("checkpoint"):
+                self._state.capture()
+
     def _take(self, epoch: int, *, urgent: bool, wait: float) -> bool:
         assert self._checkpointer is not None
         self._mirror.start()
         with self._recorder.phase("checkpoint"):
             try:
+                captured = self._state.capture()
                 taken = self._checkpointer.snapshot(
-                    self._state.capture(),
+                    captured,
                     step=self._recorder.step,
                     epoch=epoch,
                     metrics=self._metrics(),
-                    sound=self.sound() and self._state.finite(),
+                    sound=self.sound() and self._state.finite(captured),
                     urgent=urgent,
                     wait=wait,
                 )
@@ -287,6 +333,8 @@ class Keeper:
             self._failed(kind, str(error))
             return None
         saving = Saving()
+        self._under_way.add(saving)
+        saving.then(lambda _: self._under_way.discard(saving))
         pending.add_done_callback(lambda done: saving.settle(self._report(done, request, source)))
         return saving
 

@@ -1,24 +1,23 @@
 """ObservedRun: what `observe()` returns. Watches a loop, obeys commands, saves and restores its state.
 
 The trainer and anybody's plain loop use the same object. What is not on the step path lives beside it:
-`state`, `position`, `keeper` (checkpoints), `signals`, `watchdog`, `alert_duty`.
+`state`, `position`, `keeper` (checkpoints), `actions` (commands), `run_card`, `signals`, `watchdog`,
+`alert_duty`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
-import json
+import copy
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,36 +31,39 @@ from obsinfra.backup.backup_system import LoadedCheckpoint, Stateful, create_bac
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
 from obsinfra.catalog import actions as catalog_actions
 from obsinfra.catalog import metrics as catalog
-from obsinfra.config.resolve import dump_toml, resolve
+from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
-from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Ack, Command
-from obsinfra.errors import NonFiniteLossError, ObsinfraError
+from obsinfra.errors import NonFiniteLossError
 from obsinfra.monitoring.logging_config import get_logger, set_context_source
 from obsinfra.monitoring.recorder import _Phase
-from obsinfra.monitoring.tracing import trace_id_of
 from obsinfra.monitoring.training_monitor import TrainingMonitor
+from obsinfra.observation.actions import Actions, Order, where
+from obsinfra.observation.agreement import Request as Agreed
 from obsinfra.observation.alert_duty import AlertDuty
-from obsinfra.observation.keeper import Committed, Keeper, Kind, Request
+from obsinfra.observation.executors import EXECUTORS
+from obsinfra.observation.keeper import Keeper, Kind, Request
+from obsinfra.observation.learning_rate import LearningRateScale
 from obsinfra.observation.position import DataPosition
-from obsinfra.observation.resume import ResumePlan, check_remote, plan_run
+from obsinfra.observation.ranks import Ranks, Restart, cause_of, present_ranks
+from obsinfra.observation.resume import ResumePlan, check_remote, plan_for_all, plan_run
+from obsinfra.observation.rollback import load_newest
+from obsinfra.observation.run_card import RunCard, git_revision
 from obsinfra.observation.signals import InterruptedWait, SignalDoor
-from obsinfra.observation.state import LoopState, unwrapped
+from obsinfra.observation.stacks import dump_stacks_plainly
+from obsinfra.observation.state import LoopState, is_in_shards, unwrapped
 from obsinfra.observation.watchdog import Watchdog
-from obsinfra.run.files import write_atomic, write_json_atomic
-from obsinfra.run.folder import ENDED_STATES, RunInfo
-from obsinfra.run.process import ProcessId
+from obsinfra.optimization.reclaim import cuda_in_use
 
 CLOSE_SECONDS = 60.0
 """For what is being committed when the run ends; the writer goes on alone if it takes longer."""
 
-_CHECKPOINT, _EMERGENCY, _STOP = (
-    action.name
-    for action in (catalog_actions.CHECKPOINT, catalog_actions.EMERGENCY_CHECKPOINT, catalog_actions.STOP)
+SAVING = (
+    catalog_actions.CHECKPOINT.name,
+    catalog_actions.EMERGENCY_CHECKPOINT.name,
+    catalog_actions.STOP.name,
 )
-
-PROGRESS_SECONDS = 2.0
-"""How often the step reached is noted, to know after a crash how many steps are done again."""
+"""Actions that can be done without the loop, from its last snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def observe(
     plan: ResumePlan | None = None,
     device: str | None = None,
     precision: str = "fp32",
+    ranks: Ranks | None = None,
     **overrides: Any,
 ) -> ObservedRun:
     """Give a PyTorch loop metrics, alerts, control and checkpoints.
@@ -111,6 +114,7 @@ def observe(
         settings: all settings at once; else environment, obsinfra.toml and defaults, with `overrides` on top.
         plan: an already decided resume plan.
         device, precision: shown on the page and in build info; the device is the model's by default.
+        ranks: the processes of the run; default: those of torch's process group, if there is one.
         overrides: any field of `Settings`, e.g. `checkpoint_seconds=60`.
 
     Raises:
@@ -121,15 +125,18 @@ def observe(
         settings = resolve({**overrides, "run": run, "resume": resume, "model_name": name}).settings
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     first = next(iter(model.parameters()), None)
+    ranks = ranks or present_ranks()
+    chosen = settings
     return ObservedRun(
         model,
         {part: found for part, found in parts.items() if found is not None},
         extra or {},
         model_name=name,
         settings=settings,
-        plan=plan or plan_run(settings, name),
+        plan=plan or plan_for_all(ranks, lambda: plan_run(chosen, name)),
         device=device or (str(first.device) if first is not None else "cpu"),
         precision=precision,
+        ranks=ranks,
     )
 
 
@@ -143,6 +150,12 @@ class ObservedRun:
         position: epoch and batch counters.
         stop: set once the run is asked to end; `steps` and `epochs` end their iteration by themselves.
         resumed: the checkpoint this process started from, if any.
+        actions: carries out its commands.
+        card: what the folder says of it.
+        ranks: the processes that train together.
+        after_step: called after each step, between two: not part of any step's time. Must be quick.
+        cut_short: the epoch under way was left for an earlier one by a rollback: `steps` has ended, and what
+            belongs to the end of an epoch, such as a validation, is to be left out. Cleared by `epochs`.
     """
 
     def __init__(
@@ -156,14 +169,18 @@ class ObservedRun:
         plan: ResumePlan,
         device: str,
         precision: str,
+        ranks: Ranks,
     ) -> None:
         check_remote(
             settings
         )  # again: a resumed run's own settings may name one that this machine cannot use
         self.settings = settings
-        self.folder = plan.folder
+        self.ranks = ranks
+        self.folder = ranks.folder(plan.folder.root)
         self.stop: StopRequest | None = None
         self.resumed: LoadedCheckpoint | None = None
+        self.cut_short = False
+        self.after_step: Callable[[], None] = _nothing
         self.position = DataPosition()
         self._log = get_logger("training")
         self._system_log = get_logger("system")
@@ -171,16 +188,20 @@ class ObservedRun:
         self._attention = False
         self._ended = False
         self._signalled: tuple[str, float] | None = None
-        self._progress_due = 0.0
+        self._signal_told = False
+        self._moved = False
         self._epochs_counted = 0
         self._in_epochs = False
         self._pid = os.getpid()
-        self._revision = git_revision()
+        revision = git_revision()
 
         made = not self.folder.root.exists()
+        progress = self.folder.read_progress()
+        self._last_sign = progress.at if progress is not None else None
+        ranks.share("folder", self.folder.create)  # rank 0 makes it; its errors are everyone's
         self.folder.create()
-        self.folder.lock()
-        self.channel = ControlChannel(
+        ranks.share("lock", self.folder.lock)
+        self.channel = ranks.channel(
             self.folder,
             on_garbage=self._on_garbage,
             on_outcome=self._on_outcome,
@@ -190,28 +211,40 @@ class ObservedRun:
         self.monitor = TrainingMonitor(
             model_name,
             run=self.folder.id,
+            rank=ranks.rank,
+            world_size=ranks.size,
             metrics_host=settings.metrics_host,
             metrics_port=settings.metrics_port,
             sample_seconds=settings.sample_seconds,
             thresholds=settings.thresholds,
+            alerts=settings.alerts,
             trace_every=settings.trace_every,
             otlp_endpoint=settings.otlp_endpoint,
             trace_file=self.folder.traces / "spans.jsonl",
+            history_file=self.folder.history,
             disk_path=self.folder.root,
             epochs=settings.epochs or 0,
             device=device,
             precision=precision,
-            git_revision=self._revision,
+            git_revision=revision,
             after_alerts=self._after_alerts,
             alert_mode=self._duty.mode,
         )
         self._recorder = self.monitor.recorder
+        self.card = RunCard(self.folder, self.monitor, settings, revision)
         set_context_source(lambda: {"step": self.step, "trace_id": self.monitor.trace_id})
-        self._state = LoopState(model, parts, extra, self.position, self._recorder)
+        in_shards = not ranks.alone and is_in_shards(model)
+        self._state = LoopState(
+            model, parts, extra, self.position, self._recorder, in_shards=in_shards, keeps=ranks.first
+        )
+        self.actions = Actions(self, EXECUTORS)
         backup = None
-        if not settings.disable_backups:
+        if not settings.disable_backups and ranks.first:
             backup = create_backup_system(
-                self.folder.checkpoints, keep_last=settings.keep_checkpoints, run=self.folder.id
+                self.folder.checkpoints,
+                keep_last=settings.keep_checkpoints,
+                run=self.folder.id,
+                compression=settings.checkpoint_compression,
             )
         self.keeper = Keeper(
             backup,
@@ -220,6 +253,7 @@ class ObservedRun:
             settings,
             run=self.folder.id,
             log_path=self.folder.logs / "writer.jsonl",
+            ask_all=(lambda what: ranks.post("copy", {"what": what})) if in_shards else None,
         )
         self._door = SignalDoor(
             settings.stop_signals, on_signal=self._on_signal, on_second_interrupt=self._on_second_interrupt
@@ -235,8 +269,15 @@ class ObservedRun:
             self.channel.start()
             if not settings.disable_monitoring:
                 self.monitor.start_monitoring()
-            self._introduce(plan)
-        except BaseException:
+            self.card.introduce(plan, ranks)
+            ranks.begin(
+                seed=settings.seed,
+                step=lambda: self._recorder.step,
+                on_notice=self._on_notice,
+                patience=settings.grace_seconds,
+            )
+        except BaseException as error:
+            ranks.leave(f"{type(error).__name__}: {error}")
             self._close_doors()
             self.keeper.close(CLOSE_SECONDS)
             self.monitor.stop_monitoring()
@@ -262,13 +303,15 @@ class ObservedRun:
         self.monitor.epochs = total or 0
         self.folder.update_info(epochs=total or 0)
         self._in_epochs = True
-        if self._attention:
-            self._boundary()
+        self._beside()
         while (total is None or self.position.epoch < total) and self.stop is None:
             epoch = self.position.epoch
             self.monitor.begin_epoch(epoch)
             yield epoch
-            if self.stop is None:
+            if self.cut_short:
+                self.cut_short = False
+                self.monitor.end_epoch()
+            elif self.stop is None:
                 self._epoch_ended()
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -277,23 +320,38 @@ class ObservedRun:
         Between two steps the run obeys: commands, signals, due snapshots and checkpoints. On a resumed run
         the iteration goes on where the checkpoint was taken. Called outside `epochs`, each call is one
         epoch, and epochs that were complete are passed over.
+
+        After a rollback the batches go on from its checkpoint. Within `epochs`, one into an earlier epoch
+        ends the iteration instead (see `cut_short`); outside it, the earlier epochs' batches follow here.
         """
         position, recorder, keeper, door = self.position, self._recorder, self.keeper, self._door
         if not self._in_epochs:
             self._epochs_counted += 1
             if self._epochs_counted <= position.epoch:
                 return
-            if self._attention:
-                self._boundary()
+            self._beside()
             self.monitor.begin_epoch(position.epoch)
         if self.stop is None and self.monitor.state == "starting":
-            self._set_state("running")
+            if (restart := self.ranks.began(self._last_sign)) is not None:
+                self._tell_of_restart(restart)
+            self.card.show_state("running")
         if (length := getattr(loader, "__len__", None)) is not None:
             self.monitor.steps_per_epoch = length()
+        if (telemetry := getattr(loader, "telemetry", None)) is not None:
+            self.monitor.add_source(telemetry)
         data = recorder.phase(getattr(loader, "phase", "data"))
-        waits = getattr(loader, "num_workers", 0) > 0
+        # Of several ranks none may leave a wait on its own: all stop at the same boundary.
+        waits = getattr(loader, "num_workers", 0) > 0 and self.ranks.alone
+        begin_step = self.ranks.begin_step
         iterator: Iterator[Any] | None = None
+        self._moved = False
+        epoch = position.epoch
         while self.stop is None:
+            if self._moved:
+                self._moved, iterator = False, None
+                if position.epoch != epoch and self._in_epochs:
+                    self.cut_short = True
+                    return
             recorder.begin_step()
             try:
                 with data:
@@ -303,6 +361,7 @@ class ObservedRun:
                     door.may_interrupt = "data" if waits else None
                     if waits and self._signalled is not None:
                         raise InterruptedWait
+                    begin_step(recorder.step)  # after what `iterate` puts back
                     batch = next(iterator, _END)
                     door.may_interrupt = None
             except InterruptedWait:
@@ -317,14 +376,27 @@ class ObservedRun:
             if batch is _END:
                 recorder.abandon_step()
                 position.exhausted = True
-                break
+                if self._in_epochs:
+                    return
+                self._epoch_ended()
+                if self.stop is not None or position.epoch >= self._epochs_counted:
+                    return
+                self.monitor.begin_epoch(position.epoch)  # one that a rollback has led back to
+                self._moved = True
+                continue
             yield batch
             recorder.end_step()
             position.batches_done += 1
+            self.after_step()
             if self._attention or recorder._mark >= keeper.due or recorder.nonfinite != self._nonfinite_seen:
                 self._boundary()
-        if self.stop is None and not self._in_epochs:
-            self._epoch_ended()
+
+    def _tell_of_restart(self, restart: Restart) -> None:
+        facts = asdict(restart)
+        for cause, count in facts.pop("counts").items():
+            self.monitor.instruments.add(catalog.GROUP_RESTARTS, count, cause=cause)
+        self.monitor.instruments.set(catalog.GROUP_DOWNTIME_SECONDS, restart.downtime_seconds)
+        self._system_log.warning("group_formed_again", ranks=self.ranks.size, at_step=self.step, **facts)
 
     def record(self, **values: Any) -> None:
         """Values of the current step: `loss`, `grad_norm`, `samples`, `learning_rate`, and more by name.
@@ -369,11 +441,71 @@ class ObservedRun:
         committed = self.keeper.commit(kind, request, epoch)
         return committed.path if committed else None
 
+    # ---- for the executors of actions ----------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model being trained, without wrappers."""
+        return self._state.model
+
+    @property
+    def epoch(self) -> int:
+        """Epoch under way, or the next one between two."""
+        return self.position.epoch
+
+    @property
+    def learning_rate(self) -> LearningRateScale:
+        """What the learning rates are scaled by from outside."""
+        return self._state.learning_rate
+
+    def alerts_act(self) -> str:
+        """Who acts on alerts now: `sidecar` or `in-process`."""
+        return self._duty.mode()
+
+    def attend(self) -> None:
+        """The loop looks around at the next boundary. On any thread."""
+        self._attention = True
+
+    def end(self, reason: str) -> None:
+        """End the loop at this boundary; everything that must be saved is. On the loop's thread."""
+        self.stop = StopRequest(reason, 0)
+
+    def data_ahead(self) -> dict[str, Any]:
+        """Where in the data the loop is, for `go_back`; the loop's thread, between two steps."""
+        return copy.deepcopy(self.position.state_dict())
+
+    def go_back(self, loaded: LoadedCheckpoint, data: Mapping[str, Any] | None, skip: int) -> None:
+        """Put a checkpoint of this run back and go on from there; the loop's thread, between two steps.
+
+        Args:
+            data: go on here in the data instead (`data_ahead`).
+            skip: pass over so many batches more, within the epoch.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        if cuda_in_use():
+            torch.cuda.synchronize()
+        recorder = self._recorder
+        recorder.fold()  # brings in what was still on a device, so that it does not speak of the new course
+        recorder.rework_until_step = max(recorder.rework_until_step, self.step)
+        self._state.restore(loaded.state, loaded.info.path)
+        if data is not None:
+            self.position.load_state_dict(data, loaded.state["rng"])
+            recorder.epoch = self.position.epoch
+        self.position.skip(skip)
+        self.model.zero_grad(set_to_none=True)
+        recorder.last_loss = recorder.last_grad_norm = None
+        self._nonfinite_seen = recorder.nonfinite
+        self._moved = True
+        self.keeper.snapshot(self.position.epoch)
+        self.card.note_progress(self.step, self.position.epoch)
+
     def request_stop(self, reason: str, exit_code: int = 0) -> None:
         """Ask the run to end at the next step boundary, with a checkpoint; on the loop's thread."""
         with self._acting:
             if self.stop is None:
-                self._set_state("stopping", reason)
+                self.card.show_state("stopping", reason)
                 self._stop_reason_pending = StopRequest(reason, exit_code)
                 self._attention = True
 
@@ -392,11 +524,13 @@ class ObservedRun:
         reason = reason or (self.stop.reason if self.stop else None)
         summary = self.monitor.get_performance_summary()
         self._system_log.info("run_ended", state=state, reason=reason, **summary)
+        self.actions.close()
         self.keeper.close(CLOSE_SECONDS)
         self._close_doors()
-        self._set_state(state, reason)
+        self.ranks.leave(reason or state)
+        self.card.show_state(state, reason)
         self.monitor.stop_monitoring()
-        self._note_progress()
+        self.card.note_progress(self.step, self.position.epoch)
         self.folder.unlock()
         atexit.unregister(self.finish)
         if sys.excepthook == self._excepthook:
@@ -412,6 +546,9 @@ class ObservedRun:
         get_logger("errors").error(
             "training_failed", at_step=self.step, error=reason, exc_info=error, terminal=False
         )
+        if cause_of([reason]) == "timeout":  # a collective that one of the ranks did not come to
+            with contextlib.suppress(OSError):
+                dump_stacks_plainly(self.folder.logs)
         if not isinstance(error, NonFiniteLossError):  # that one was raised after saving
             self.keeper.commit_snapshot(Request.now(reason))
         self.finish("failed", reason)
@@ -432,80 +569,83 @@ class ObservedRun:
     _stop_reason_pending: StopRequest | None = None
 
     def _boundary(self) -> None:
-        """Everything that is not the usual case between two steps; the loop's thread."""
+        """Everything that is not the usual case between two steps, pauses included; the loop's thread."""
+        self._look()
+        if self.actions.pause is None:
+            return
+        while self.stop is None and not self._ended:
+            if self.actions.pause is not None:
+                self.ranks.hold(self.step)
+            elif self.ranks.let_go():
+                return
+            self.actions.wait_while_paused()
+            self._look()
+
+    def _beside(self) -> None:
+        """A moment between two steps that is not the end of one. One process alone looks around here too; of
+        several, each would be somewhere else at the same step, so that they only obey the loop itself."""
+        if not self._attention:
+            return
+        if self.ranks.alone:
+            self._boundary()
+        elif self._stop_reason_pending is not None and self.stop is None:
+            with self._acting:
+                self._obey_stop(self._stop_reason_pending)
+
+    def _look(self) -> None:
         with self._acting:
             if self._ended or self.stop is not None:
                 return
             self._attention = False
             if self._recorder.nonfinite != self._nonfinite_seen:
                 self._on_nonfinite()
-            if self._signalled is not None:
-                self._obey_signal(*self._signalled)
-            elif self._stop_reason_pending is not None:
+            if self._signalled is not None and not self._signal_told:
+                self._signal_told = True
+                name, at = self._signalled
+                self.ranks.post("signal", {"name": name, "at": at})
+            for agreed in self.ranks.due(self.step):
+                self._heed(agreed)
+            if self.stop is None and self._stop_reason_pending is not None:
                 self._obey_stop(self._stop_reason_pending)
-            for command in self.channel.take():
-                self._obey(command)
-            self._watchdog.satisfied()
+            self.actions.at_boundary()
+            self.ranks.compare()
+            pending = self.ranks.pending or (self._signal_told and self.stop is None)
+            self._attention = self._attention or self.actions.taking_steps or pending
+            if not pending:
+                self._watchdog.satisfied()
             if self.stop is None:
                 self.keeper.keep_up(self.position.epoch)
+
+    def _heed(self, agreed: Agreed) -> None:
+        """Something that this boundary was agreed on for."""
+        if self.stop is not None:
+            return
+        if agreed.kind == "signal":
+            self._obey_signal(agreed.body["name"], agreed.body["at"])
+        elif agreed.kind == "pause over":
+            self.actions.end_pause(agreed.body["why"])
+        elif agreed.kind == "nonfinite":
+            self._stop_for_nonfinite(**agreed.body)
+        elif agreed.kind == "copy":
+            self.keeper.agreed(agreed.body["what"], self.position.epoch)
 
     def _epoch_ended(self) -> None:
         self.position.begin_epoch(self.position.epoch + 1)
         self.monitor.end_epoch()
         self._recorder.epoch = self.position.epoch
         self.keeper.epoch_ended(self.position.epoch)
-        if self._attention:
-            self._boundary()
+        self._beside()
 
     def _obey_signal(self, name: str, at: float) -> None:
-        self._set_state("stopping", f"signal {name}")
+        self.card.show_state("stopping", f"signal {name}")
         committed = self.keeper.commit("emergency", Request(f"signal {name}", at), self.position.epoch)
-        self._log.warning("stopped_by_signal", signal=name, at_step=self.step, **_where(committed))
+        self._log.warning("stopped_by_signal", signal=name, at_step=self.step, **where(committed))
         self.stop = StopRequest(f"signal {name}", 128 + signal.Signals[name].value)
 
     def _obey_stop(self, stop: StopRequest) -> None:
         committed = self.keeper.commit("regular", Request.now(stop.reason), self.position.epoch)
-        self._log.info("stopped", reason=stop.reason, at_step=self.step, **_where(committed))
+        self._log.info("stopped", reason=stop.reason, at_step=self.step, **where(committed))
         self.stop = stop
-
-    def _obey(self, command: Command) -> None:
-        """Execute one command and acknowledge it; a failing one never ends the training.
-
-        A checkpoint is acknowledged when it is durable; the loop goes on after the copy.
-        """
-        started, step = time.time(), self.step
-        self.channel.ack(command.id, "running", step=step)
-
-        def settle(committed: Committed | None) -> None:
-            if committed is None and self.keeper.backup is not None:
-                self._refuse(
-                    command, "the checkpoint was not committed; errors.jsonl says why", step, started
-                )
-            else:
-                self.channel.ack(command.id, "done", step=step, result=_where(committed))
-                self._settled(command, "done", step, started)
-
-        try:
-            request = Request(_reason(command), command.issued_at, command.traceparent)
-            epoch = self.position.epoch
-            if command.action in (_CHECKPOINT, _EMERGENCY):
-                kind: Kind = "regular" if command.action == _CHECKPOINT else "emergency"
-                saving = self.keeper.begin(kind, request, epoch)
-                saving.then(settle) if saving is not None else settle(None)
-            elif command.action == _STOP:
-                self._set_state("stopping", _reason(command))
-                committed = self.keeper.commit("emergency", request, epoch)
-                self.stop = StopRequest(f"command stop ({_reason(command)})", 0)
-                settle(committed)
-            else:
-                self._refuse(command, f"the trainer cannot do {command.action!r}", step, started)
-        except Exception as error:
-            self._system_log.error("command_failed", action=command.action, id=command.id, exc_info=error)
-            self._refuse(command, f"{type(error).__name__}: {error}", step, started)
-
-    def _refuse(self, command: Command, error: str, step: int, started: float) -> None:
-        self.channel.ack(command.id, "failed", step=step, error=error)
-        self._settled(command, "failed", step, started)
 
     def _on_nonfinite(self) -> None:
         self._nonfinite_seen = self._recorder.nonfinite
@@ -515,12 +655,21 @@ class ObservedRun:
             "nonfinite_loss", at_step=self.step, loss=str(loss), grad_norm=str(norm), terminal=not stops
         )
         if stops:
-            committed = self.keeper.commit_snapshot(Request.now(f"non-finite loss before step {self.step}"))
-            saved = f"the last good state (step {committed.step}) was saved" if committed else "nothing saved"
-            raise NonFiniteLossError(
-                f"loss {loss}, gradient norm {norm} before step {self.step}: not finite; {saved}; lower the "
-                "learning rate, or go on through such steps with --on-nonfinite continue"
+            self.ranks.post(
+                "nonfinite",
+                {"loss": str(loss), "norm": str(norm), "step": self.step, "rank": self.ranks.rank},
             )
+
+    def _stop_for_nonfinite(self, loss: str, norm: str, step: int, rank: int) -> None:
+        committed = self.keeper.commit_snapshot(Request.now(f"non-finite loss before step {step}"))
+        saved = f"the last good state (step {committed.step}) was saved" if committed else "nothing saved"
+        if not self.ranks.first:
+            saved = "rank 0 saves the last good state"
+        where_ = "" if self.ranks.alone else f" on rank {rank}"
+        raise NonFiniteLossError(
+            f"loss {loss}, gradient norm {norm} before step {step}{where_}: not finite; {saved}; lower the "
+            "learning rate, or go on through such steps with --on-nonfinite continue"
+        )
 
     # ---- when the loop cannot be reached -------------------------------------------------------------
 
@@ -529,14 +678,20 @@ class ObservedRun:
         with self._acting:
             if self._ended or self.stop is not None:
                 return
-            commands = self.channel.take()
+            commands = self.channel.overdue(lambda command: command.action in SAVING)
+            if self.channel.waiting():  # for the loop; looked at again, so that they expire even if it hangs
+                self._watchdog.expect(self._patience())
             if not commands and self._signalled is None:
                 return
             started = time.time()
             phase = self._recorder.in_step_phase()
-            stacks = self._dump_stacks()
+            stacks: Path | None = None
+            try:
+                stacks = dump_stacks_plainly(self.folder.logs)
+            except OSError as problem:
+                self._system_log.error("stacks_not_written", error=str(problem))
             asked = [f"signal {self._signalled[0]}"] if self._signalled else []
-            asked += [_reason(command) for command in commands]
+            asked += [Order(command, {}).reason for command in commands]
             reason = f"{'; '.join(asked)}; no step boundary in time (in {phase})"
             self._system_log.error("loop_not_reached", reason=reason, stacks=str(stacks))
             for command in commands:
@@ -546,12 +701,12 @@ class ObservedRun:
             committed = self.keeper.commit_snapshot(Request(reason, at, traced))
             failed = committed is None and self.keeper.backup is not None
             for command in commands:
-                result = {**_where(committed), "stacks": str(stacks) if stacks else None}
+                result = {**where(committed), "stacks": str(stacks) if stacks else None}
                 outcome: Literal["failed", "done"] = "failed" if failed else "done"
                 error = "no sound snapshot could be committed" if failed else None
                 step = committed.step if committed else None
                 self.channel.ack(command.id, outcome, step=step, result=result, error=error)
-                self._settled(command, outcome, step, started)
+                self.actions.report(command, outcome, step, started, seconds=time.time() - started)
             if self._signalled is not None:
                 self._leave(128 + signal.Signals[self._signalled[0]].value, reason)
             elif any(catalog_actions.ACTIONS[command.action].ends_run for command in commands):
@@ -561,29 +716,21 @@ class ObservedRun:
         """End the process from a thread that is not the loop's, after all that must be durable is."""
         try:
             self._ended = True
-            self._set_state("stopped", reason)
-            self._note_progress()
+            self.card.show_state("stopped", reason)
+            self.card.note_progress(self.step, self.position.epoch)
             self.keeper.close(CLOSE_SECONDS)
             self.channel.stop()
+            self.ranks.leave(reason)
             self.monitor.stop_monitoring()
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(exit_code)
 
-    def _dump_stacks(self) -> Path | None:
-        path = self.folder.logs / f"stacks-{time.time_ns()}.txt"
-        try:
-            with path.open("w") as file:
-                faulthandler.dump_traceback(file=file, all_threads=True)
-        except OSError as error:
-            self._system_log.error("stacks_not_written", path=str(path), error=str(error))
-            return None
-        return path
-
-    def _patience(self) -> float:
+    def _patience(self, waiting: Sequence[Command] = ()) -> float:
         """Seconds the loop may take to a boundary, so that a snapshot can be committed within the grace."""
-        grace = self.settings.grace_seconds
+        usual = self.settings.grace_seconds
+        grace = min([float(command.args.get("grace_seconds") or usual) for command in waiting] or [usual])
         return grace - min(grace / 2, max(1.0, 3 * self.keeper.last_commit_seconds))
 
     # ---- doors ---------------------------------------------------------------------------------------
@@ -595,13 +742,21 @@ class ObservedRun:
         self.channel.stop()
 
     def _on_arrival(self) -> None:
+        self.actions.arrived()
+        if waiting := self.channel.waiting():
+            self._attention = True
+            self._watchdog.expect(self._patience(waiting))
+
+    def _on_notice(self) -> None:
+        """All ranks are asked for something."""
         self._attention = True
-        self._watchdog.expect(self._patience())
+        self.actions.wake()
 
     def _on_signal(self, name: str) -> None:
         if self._signalled is None:
             self._signalled = (name, time.time())
         self._attention = True
+        self.actions.wake()
 
     def _on_signal_fd(self) -> None:
         """The watchdog's thread; the main thread may be stuck in C and never run the Python handler."""
@@ -626,34 +781,11 @@ class ObservedRun:
     def _on_outcome(self, command: Command, ack: Ack) -> None:
         """The channel itself settled a command that never reached the loop."""
         if ack.state in ("rejected", "expired"):
-            self._settled(command, ack.state, None, command.issued_at)
-
-    def _settled(self, command: Command, outcome: str, step: int | None, started: float) -> None:
-        self.monitor.command_finished(
-            id=command.id,
-            action=command.action if command.action in catalog_actions.ACTIONS else "unknown",
-            source=command.source,
-            reason=command.reason,
-            outcome=outcome,
-            step=step,
-            started_at=started,
-            traceparent=command.traceparent,
-        )
-        self._system_log.info(
-            "command",
-            action=command.action,
-            id=command.id,
-            source=command.source,
-            outcome=outcome,
-            at_step=step,
-            **_trace(command.traceparent),
-        )
+            self.actions.report(command, ack.state, None, command.issued_at, error=ack.error)
 
     def _after_alerts(self, alerts: Sequence[AlertStatus]) -> None:
         """The housekeeping thread, once per evaluation."""
-        if time.monotonic() >= self._progress_due:
-            self._progress_due = time.monotonic() + PROGRESS_SECONDS
-            self._note_progress()
+        self.card.keep_progress(self.step, self.position.epoch)
         self._duty.consider(alerts)
 
     # ---- run.json and what was there before ------------------------------------------------------------
@@ -663,68 +795,26 @@ class ObservedRun:
         own = plan.continues and self.keeper.backup is not None
         store = self.keeper.backup if own else create_backup_system(plan.store)
         assert store is not None
-        loaded = store.load(plan.checkpoint)
+        if self.ranks.first:
+            loaded = store.load(plan.checkpoint) if plan.checkpoint else load_newest(store, plan.store.parent)
+        chosen = self.ranks.share("checkpoint", lambda: str(loaded.info.path))
+        if not self.ranks.first:
+            loaded = store.load(Path(chosen))
         self._state.restore(loaded.state, loaded.info.path)
         if plan.continues:
-            self._recorder.rework_until_step = self._steps_reached()
+            self._recorder.rework_until_step = self.card.steps_reached()
         self.monitor.resumed_from_step = self.step
         self.resumed = loaded
-
-    def _introduce(self, plan: ResumePlan) -> None:
-        """Write run.json and config.toml."""
-        me = ProcessId.current()
-        process = {"0": {"pid": me.pid, "created": me.created}}
-        urls = {"0": f"{self.monitor.url}/metrics"} if self.monitor.url else {}
-        if plan.continues:
-            self.folder.update_info(
-                state="starting",
-                processes=process,
-                metrics_urls=urls,
-                restarts=self.folder.read_info().restarts + 1,
-                ended=None,
-                reason=None,
-            )
-        else:
-            self.folder.write_info(
-                RunInfo(
-                    self.folder.id,
-                    self.monitor.model,
-                    processes=process,
-                    metrics_urls=urls,
-                    git_revision=self._revision,
-                    epochs=self.settings.epochs or 0,
-                    parent=plan.parent,
-                )
-            )
-        write_atomic(self.folder.config_toml, dump_toml(self.settings))
-
-    def _set_state(self, state: str, reason: str | None = None) -> None:
-        self.monitor.set_state(state)
-        changes: dict[str, Any] = {"state": state, "reason": reason}
-        if state in ENDED_STATES:
-            changes["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        try:
-            self.folder.update_info(**changes)
-        except (OSError, ObsinfraError) as error:
-            self._system_log.error("run_json_not_written", error=str(error))
-
-    def _note_progress(self) -> None:
-        document = {"step": self.step, "epoch": self.position.epoch, "at": time.time()}
-        try:
-            write_json_atomic(self.folder.root / "progress.json", document, durable=False, mode=0o644)
-        except OSError as error:
-            self._system_log.warning("progress_not_written", error=str(error))
-
-    def _steps_reached(self) -> int:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.folder.root / "progress.json").read_text())["step"])
-        return 0
 
     def _excepthook(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         self.fail(error)
         self._previous_excepthook(kind, error, trace)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Validation:
@@ -743,6 +833,8 @@ class Validation:
         run.keeper.snapshot(run.position.epoch)
         self._rng = capture_rng_state()
         self._phase.__enter__()
+        if not run.ranks.alone:
+            return
         run._door.may_interrupt = "validation"
         if run._signalled is not None:
             run._door.may_interrupt = None
@@ -762,30 +854,3 @@ class Validation:
 
 
 _END = object()
-
-
-def _reason(command: Command) -> str:
-    return f"{command.source}: {command.reason or command.action}"
-
-
-def _trace(traceparent: str | None) -> dict[str, str]:
-    """The trace of whoever asked, for a log event that belongs there rather than to the run's own."""
-    found = trace_id_of(traceparent)
-    return {} if found is None else {"trace_id": found}
-
-
-def _where(committed: Committed | None) -> dict[str, Any]:
-    if committed is None:
-        return {"checkpoint": None}
-    return {"checkpoint": str(committed.path), "step": committed.step, "from": committed.source}
-
-
-def git_revision() -> str | None:
-    """Revision of the checkout in the working folder, if it is one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=2, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None

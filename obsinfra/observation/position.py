@@ -32,23 +32,28 @@ class DataPosition:
         self._generator_state: torch.Tensor | None = None
         self._loader: Any = None
         self._resume: Mapping[str, Any] | None = None
+        self._skip = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Position at a step boundary; called on the loop's thread."""
         loader_state = None
-        if self._loader is not None and hasattr(self._loader, "state_dict"):
+        if self._loader is not None and _tells_position(self._loader):
             loader_state = self._loader.state_dict()
         elif self._resume is not None:
             loader_state = self._resume.get("loader")
         generator = getattr(self._loader, "generator", None)
+        generator_now = generator.get_state() if isinstance(generator, torch.Generator) else None
+        if self._loader is None and self._resume is not None:  # between a restore and the next `iterate`
+            generator_now = self._resume["generator_now"]
         return {
-            "generator_now": generator.get_state() if isinstance(generator, torch.Generator) else None,
+            "generator_now": generator_now,
             "epoch": self.epoch,
             "batches_done": self.batches_done,
             "exhausted": self.exhausted,
             "epoch_rng": self._epoch_rng,
             "generator": self._generator_state,
             "loader": loader_state,
+            "skip": self._skip,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], rng: Mapping[str, Any]) -> None:
@@ -58,7 +63,13 @@ class DataPosition:
         self.exhausted = bool(state["exhausted"])
         self._epoch_rng = state["epoch_rng"]
         self._generator_state = state["generator"]
+        self._skip = int(state.get("skip", 0))
+        self._loader = None  # what a loader in use says of its position is of before
         self._resume = {**state, "rng": rng}
+
+    def skip(self, batches: int) -> None:
+        """Pass over so many batches at the next `iterate`, or as many as are left of the epoch."""
+        self._skip += batches
 
     def begin_epoch(self, epoch: int) -> None:
         """A new epoch; the random state of its start is remembered."""
@@ -74,9 +85,20 @@ class DataPosition:
         Raises:
             CheckpointError: the loader has fewer batches than were already used.
         """
+        iterator = self._iterator(loader)
+        if self._skip:
+            rng = capture_rng_state()
+            while self._skip and next(iterator, _END) is not _END:
+                self._skip -= 1
+                self.batches_done += 1
+            self._skip = 0
+            restore_rng_state(rng)
+        return iterator
+
+    def _iterator(self, loader: Iterable[Any]) -> Iterator[Any]:
         self._loader = loader
         resume, self._resume = self._resume, None
-        own_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        own_state = _tells_position(loader)
         generator = getattr(loader, "generator", None)
         if resume is not None:
             restore_rng_state(resume["rng"])
@@ -109,6 +131,12 @@ class DataPosition:
                 )
         restore_rng_state(resume["rng"])
         return iterator
+
+
+def _tells_position(loader: Any) -> bool:
+    """Whether a loader has a state of its own. Accelerate's wrapper always seems to: what it wraps tells."""
+    inner = getattr(loader, "base_dataloader", loader)
+    return all(hasattr(one, name) for one in (loader, inner) for name in ("state_dict", "load_state_dict"))
 
 
 _END = object()

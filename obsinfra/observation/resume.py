@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from obsinfra.backup.heir import wait_for_heir
 from obsinfra.backup.remote import check_url, fetch, is_url
 from obsinfra.config.settings import Settings
 from obsinfra.errors import CheckpointError, ConfigError, ObsinfraError, RunBusyError
+from obsinfra.observation.ranks import Ranks
 from obsinfra.run.folder import LIVE_STATES, RunFolder, check_run_id, find_run, new_run_id, scan_runs
 
 HEIR_SECONDS = 60.0
@@ -79,6 +82,37 @@ def plan_run(settings: Settings, model: str) -> ResumePlan:
     )
 
 
+def plan_for_all(ranks: Ranks, decide: Callable[[], ResumePlan]) -> ResumePlan:
+    """What rank 0 decides, for every rank.
+
+    Raises:
+        ObsinfraError: whatever `decide` raises on rank 0, on every rank.
+    """
+
+    def document() -> dict[str, Any]:
+        plan = decide()
+        return {
+            "folder": str(plan.folder.root.absolute()),
+            "store": str(plan.store.absolute()) if plan.store else None,
+            "checkpoint": str(plan.checkpoint.absolute()) if plan.checkpoint else None,
+            "continues": plan.continues,
+            "parent": plan.parent,
+            "note": plan.note,
+        }
+
+    if ranks.alone:
+        return decide()
+    found = ranks.share("plan", document)
+    return ResumePlan(
+        RunFolder(Path(found["folder"])),
+        store=Path(found["store"]) if found["store"] else None,
+        checkpoint=Path(found["checkpoint"]) if found["checkpoint"] else None,
+        continues=found["continues"],
+        parent=found["parent"],
+        note=found["note"],
+    )
+
+
 def check_remote(settings: Settings) -> None:
     """Whether checkpoints can be mirrored as the settings ask; the remote itself is not asked.
 
@@ -119,7 +153,7 @@ def _automatic(settings: Settings, model: str) -> ResumePlan:
     named = RunFolder(settings.output_dir / settings.run) if settings.run is not None else None
     if named is not None and named.run_json.exists():
         info = named.read_info()
-        if info.model == model and info.present_state() not in LIVE_STATES:
+        if info.model == model and named.present_state(info) not in LIVE_STATES:
             # It ended before its first checkpoint; a scheduler that starts it again means this very run.
             return ResumePlan(named, note=f"run {named.id} has no checkpoint: it starts from the beginning")
     fresh = _new(settings, model)
@@ -132,10 +166,10 @@ def _new(settings: Settings, model: str) -> ResumePlan:
     folder = RunFolder(settings.output_dir / run_id)
     if folder.run_json.exists():
         info = folder.read_info()
-        if info.present_state() in LIVE_STATES:
+        if folder.present_state(info) in LIVE_STATES:
             raise _busy(folder)
         raise ConfigError(
-            f"run {run_id!r} exists already in {settings.output_dir} (state {info.present_state()})",
+            f"run {run_id!r} exists already in {settings.output_dir} (state {folder.present_state(info)})",
             "a new name",
             f"go on with it by --resume {run_id}, or choose another --run",
         )
@@ -144,7 +178,7 @@ def _new(settings: Settings, model: str) -> ResumePlan:
 
 def _continue(folder: RunFolder) -> ResumePlan:
     info = folder.read_info()
-    if info.present_state() in LIVE_STATES:
+    if folder.present_state(info) in LIVE_STATES:
         raise _busy(folder)
     if not wait_for_heir(folder.checkpoints, HEIR_SECONDS):
         raise RunBusyError(
@@ -179,7 +213,7 @@ def _newest_resumable(settings: Settings, model: str) -> RunFolder | None:
             info = folder.read_info()
         except ConfigError:
             continue
-        live = info.present_state() in LIVE_STATES
+        live = folder.present_state(info) in LIVE_STATES
         over = info.state == "finished" and settings.run is None
         if info.model == model and not live and not over and has_checkpoints(folder.checkpoints):
             candidates.append((info.started, folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,53 @@ def choose_device(wanted: str, *, disable_gpu: bool = False) -> torch.device:
     return device
 
 
+def choose_devices(
+    device_ids: Sequence[int] | None, wanted: str = "auto", *, disable_gpu: bool = False
+) -> tuple[torch.device, ...]:
+    """The devices to use, the first one for this process: those of `device_ids`, or the one that is `wanted`.
+
+    Raises:
+        ConfigError: no ids, an id that is no CUDA device here, one named twice, or devices of different
+            architectures, on which ranks would differ in speed and in arithmetic.
+    """
+    if device_ids is None:
+        return (choose_device(wanted, disable_gpu=disable_gpu),)
+    named = f"device ids {list(device_ids)}"
+    if wanted != "auto" or disable_gpu:
+        raise ConfigError(f"{named} beside another choice of device", "one or the other", "drop one of them")
+    count = torch.cuda.device_count()
+    found = f"ids of CUDA devices of this machine (0 … {count - 1})" if count else "none: no CUDA device here"
+    if not device_ids or any(isinstance(i, bool) or not 0 <= i < count for i in device_ids):
+        raise ConfigError(named, found, "correct device_ids, or leave them out")
+    if len(set(device_ids)) != len(device_ids):
+        raise ConfigError(named, "each device once", "name each device once")
+    devices = tuple(torch.device("cuda", i) for i in device_ids)
+    check_same_architecture(devices)
+    return devices
+
+
+def check_same_architecture(devices: Sequence[torch.device]) -> None:
+    """Refuse devices that differ in name or compute capability.
+
+    Raises:
+        ConfigError: they do.
+    """
+    kinds = {
+        device: (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        for device in devices
+    }
+    if len(set(kinds.values())) > 1:
+        seen = ", ".join(f"{device}: {name} ({a}.{b})" for device, (name, (a, b)) in kinds.items())
+        raise ConfigError(
+            f"devices of different architectures ({seen})",
+            "devices of one kind",
+            "choose device_ids, or CUDA_VISIBLE_DEVICES, of one kind",
+        )
+
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """A precision and why it was chosen.
@@ -83,7 +131,12 @@ def choose_precision(wanted: str, device: torch.device, *, autocast_pays: bool =
     `auto` is bf16 where the hardware computes it natively (CUDA capability 8.0 and up, CPUs with
     AVX512-BF16 or AMX), fp16 on older CUDA devices, fp32 elsewhere and for models that say autocast does
     not pay.
+
+    Raises:
+        ConfigError: `wanted` is none.
     """
+    if wanted not in PRECISIONS:
+        raise ConfigError(f"precision {wanted!r}", f"one of {', '.join(PRECISIONS)}", "correct it")
     if wanted != "auto":
         return Precision(wanted, device.type, "as asked")
     if not autocast_pays:

@@ -53,3 +53,8 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600, durable: b
 def write_json_atomic(path: Path, document: Any, *, mode: int = 0o600, durable: bool = True) -> None:
     """`write_atomic` of an indented JSON document."""
     write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n", mode=mode, durable=durable)
+
+
+def of_rank(path: Path, rank: int) -> Path:
+    """The file that `rank` writes where rank 0 writes `path`: `NAME-rankN.EXT` beside it."""
+    return path if rank == 0 else path.with_stem(f"{path.stem}-rank{rank}")

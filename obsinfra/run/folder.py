@@ -12,6 +12,9 @@ import os
 import re
 import secrets
 import socket
+import struct
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -30,7 +33,10 @@ RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _locked_here: set[str] = set()
 
 ENDED_STATES = ("finished", "stopped", "failed")
-LIVE_STATES = ("starting", "running", "stopping")
+LIVE_STATES = ("starting", "running", "paused", "stopping")
+
+FRESH_SECONDS = 60.0
+"""A run of another host counts as live while its progress is younger than this."""
 
 HEARTBEAT_SECONDS = 2.0
 """How often the sidecar renews its heartbeat in a run's control folder."""
@@ -46,7 +52,8 @@ class RunInfo:
     Attributes:
         id: run id; folder name and `run` label.
         model: workload name; `model` label.
-        state: `starting`, `running`, `stopping`, `finished`, `stopped` or `failed`, as the trainer last said.
+        state: `starting`, `running`, `paused`, `stopping`, `finished`, `stopped` or `failed`, as the trainer
+            last said.
         started: ISO 8601, UTC, of the first start.
         host: host name of rank 0.
         world_size: number of ranks.
@@ -79,10 +86,6 @@ class RunInfo:
         """Whether a process of this run still runs on this host."""
         return any(ProcessId(int(p["pid"]), p["created"]).alive() for p in self.processes.values())
 
-    def present_state(self) -> str:
-        """`state`, or `dead` when it claims to be live and no process of it is."""
-        return "dead" if self.state in LIVE_STATES and not self.alive() else self.state
-
 
 def new_run_id(model: str) -> str:
     """`<model>-<UTC time>-<4 hex digits>`: sorts by time, unique enough for one folder."""
@@ -103,6 +106,14 @@ def check_run_id(run_id: str) -> str:
             "choose another --run",
         )
     return run_id
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The global step a trainer noted last, None where it is missing, and when: epoch seconds."""
+
+    step: int | None
+    at: float
 
 
 class RunFolder:
@@ -161,8 +172,18 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def history(self) -> Path:
+        """The numbers of rank 0 as they went (`monitoring.performance_history`); other ranks' are beside."""
+        return self.logs / "history.jsonl"
+
+    @property
     def profiles(self) -> Path:
         return self.root / "profiles"
+
+    @property
+    def reports(self) -> Path:
+        """What was asked for to be looked at: memory reports."""
+        return self.root / "reports"
 
     @property
     def traces(self) -> Path:
@@ -226,6 +247,43 @@ class RunFolder:
             self._lock_fd = None
             _locked_here.discard(str(self.root.resolve()))
 
+    def lives(self, info: RunInfo) -> bool:
+        """Whether a trainer of this run is at work.
+
+        On its own host its processes tell. From another host or container the lock does, where the kernel is
+        the same, or else progress younger than `FRESH_SECONDS`.
+        """
+        if info.state not in LIVE_STATES:
+            return False
+        if info.host == socket.gethostname():
+            return info.alive()
+        if self.is_locked():
+            return True
+        progress = self.read_progress()
+        return progress is not None and abs(time.time() - progress.at) < FRESH_SECONDS
+
+    def present_state(self, info: RunInfo) -> str:
+        """What `info` says, or `dead` when it claims to be live and no trainer is at work."""
+        return "dead" if info.state in LIVE_STATES and not self.lives(info) else info.state
+
+    def is_locked(self) -> bool:
+        """Whether a trainer that runs under this kernel holds the folder; only Linux can tell."""
+        if str(self.root.resolve()) in _locked_here:
+            return True
+        if sys.platform != "linux":
+            return False
+        try:
+            fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            return int(struct.unpack_from("h", fcntl.fcntl(fd, fcntl.F_GETLK, asked))[0]) != fcntl.F_UNLCK
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
     def read_info(self) -> RunInfo:
         """Read `run.json`; fields of a newer version are ignored.
 
@@ -242,6 +300,29 @@ class RunFolder:
             raise ConfigError(
                 f"unreadable {self.run_json}: {error}", "a run.json written by a trainer"
             ) from error
+
+    @property
+    def progress_json(self) -> Path:
+        """Where the trainer notes every few seconds how far it is."""
+        return self.root / "progress.json"
+
+    def write_progress(self, step: int, epoch: int) -> None:
+        """Note the step reached, as of now; not durably, since it is noted again soon.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        document = {"step": step, "epoch": epoch, "at": time.time()}
+        write_json_atomic(self.progress_json, document, durable=False, mode=0o644)
+
+    def read_progress(self) -> Progress | None:
+        """What was noted last; None when nothing was, or it cannot be read."""
+        try:
+            found = json.loads(self.progress_json.read_text())
+            at, step = float(found["at"]), found.get("step")
+            return Progress(step if isinstance(step, int) else None, at)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def write_info(self, info: RunInfo) -> None:
         """Write `run.json` whole."""
@@ -265,6 +346,42 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return abs(now - at) < HEARTBEAT_STALE_SECONDS
+
+
+class MemberFolder(RunFolder):
+    """The folder of a run for its ranks above 0: they read it, and write files of their own into its rooms.
+
+    Who they are and how the run stands is written by rank 0, which also holds the lock.
+    """
+
+    def create(self) -> None:
+        """The rooms are there.
+
+        Raises:
+            ConfigError: they are not: this host does not see the folder of rank 0.
+        """
+        if not self.logs.is_dir():
+            raise ConfigError(
+                f"rank 0's run folder {self.root} is not there on {socket.gethostname()}",
+                "an --output-dir that all hosts share",
+                "mount it at the same place on every host",
+            )
+
+    def lock(self) -> None:
+        """Rank 0 holds it."""
+
+    def unlock(self) -> None:
+        """Rank 0 holds it."""
+
+    def write_info(self, info: RunInfo) -> None:
+        """Rank 0 writes it."""
+
+    def update_info(self, **changes: Any) -> RunInfo:
+        """Rank 0 writes it."""
+        return self.read_info()
+
+    def write_progress(self, step: int, epoch: int) -> None:
+        """Rank 0 writes it."""
 
 
 def _info(document: Any) -> RunInfo:

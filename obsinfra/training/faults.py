@@ -1,7 +1,8 @@
 """Fault injection for drills and tests: real faults in a real loop, never a faked metric.
 
-`--inject FAULT@STEP[xCOUNT]`, several separated by commas: `explode` multiplies the gradients by 10,000,
-`nan` poisons the loss, `hang` stops the loop's thread, `error` raises.
+`--inject FAULT@STEP[xCOUNT]`, several separated by commas: `explode` multiplies the gradients by a million,
+`nan` poisons the loss, `slow` makes a step wait 5 seconds, `leak` keeps 8 MiB more with each step, `hang`
+stops the loop's thread, `error` raises, `oom` lets memory run out once in the middle of a step.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
 
-EXPLOSION = 1e4
-FAULTS = ("explode", "nan", "hang", "error")
+EXPLOSION = 1e6
+SLOW_SECONDS = 5.0
+LEAKED_BYTES = 8 * 2**20
+FAULTS = ("explode", "nan", "slow", "leak", "hang", "error", "oom")
 
 
 class InjectedError(RuntimeError):
@@ -40,6 +43,8 @@ class Faults:
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         self._faults = tuple(faults)
         self._announced: set[str] = set()
+        self._leaked: list[Tensor] = []
+        self._ran_out: set[int] = set()
 
     @classmethod
     def parse(cls, text: str | None) -> Faults:
@@ -67,13 +72,23 @@ class Faults:
         return strikes
 
     def before_forward(self, step: int) -> None:
-        """`hang` waits here until the process is ended from outside; `error` raises."""
+        """`hang` waits here until the process is ended from outside; `slow`, `leak` and `error` as named."""
         if not self._faults:
             return
+        if self._strikes("slow", step):
+            threading.Event().wait(SLOW_SECONDS)
+        if self._strikes("leak", step):
+            self._leaked.append(torch.ones(LEAKED_BYTES, dtype=torch.uint8))  # written to, so it is resident
         if self._strikes("hang", step):
             threading.Event().wait()
         if self._strikes("error", step):
             raise InjectedError(f"injected at step {step}")
+
+    def before_backward(self, step: int, *, last: bool) -> None:
+        """`oom` raises once per step, before the last micro-batch's backward pass: when most is spoilt."""
+        if self._faults and last and step not in self._ran_out and self._strikes("oom", step):
+            self._ran_out.add(step)
+            raise torch.OutOfMemoryError(f"CUDA out of memory, injected at step {step}")
 
     def on_loss(self, step: int, loss: Tensor) -> Tensor:
         """`nan` turns the loss, and so every gradient, into NaN."""

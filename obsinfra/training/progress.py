@@ -20,6 +20,29 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 0.25
 
 
+def progress_of(run: ObservedRun, trainer: Trainer) -> Progress | NoProgress:
+    """What is shown of a run: one line, by its rank 0."""
+    return Progress(run, trainer) if run.ranks.first else NoProgress()
+
+
+class NoProgress:
+    """Of ranks above 0 their metrics and logs tell."""
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def epoch(self) -> None:
+        pass
+
+
 class Progress:
     """Shows loss, learning rate, gradient norm, throughput, ETA and firing alerts.
 

@@ -21,6 +21,9 @@ class Schedule:
         warmup_steps: linear rise from 0 over this many steps.
         total_steps: length of the run in optimizer steps, for cosine.
         mode: whether a better validation value is smaller or larger, for plateau.
+
+    Attributes:
+        learning_rate_scale: what every rate is multiplied by on top; set it and it holds from now on.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Schedule:
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self._step = 0
         self._factor = 1.0
+        self._lr_scale = 1.0
         self._best = math.inf
         self._bad = 0
         self._apply()
@@ -50,6 +54,15 @@ class Schedule:
     def learning_rate(self) -> float:
         """Of the first group, for the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def learning_rate_scale(self) -> float:
+        return self._lr_scale
+
+    @learning_rate_scale.setter
+    def learning_rate_scale(self, scale: float) -> None:
+        self._lr_scale = scale
+        self._apply()
 
     def step(self) -> None:
         """One optimizer step was taken."""
@@ -80,15 +93,22 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters; the peaks and the kind come from the settings."""
-        return {"step": self._step, "factor": self._factor, "best": self._best, "bad": self._bad}
+        return {
+            "step": self._step,
+            "factor": self._factor,
+            "best": self._best,
+            "bad": self._bad,
+            "lr_scale": self._lr_scale,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self._step, self._factor = int(state["step"]), float(state["factor"])
         self._best, self._bad = float(state["best"]), int(state["bad"])
+        self._lr_scale = float(state.get("lr_scale", 1.0))  # checkpoints of earlier versions have none
         self._apply()
 
     def _apply(self) -> None:
-        scale = self.scale()
+        scale = self.scale() * self._lr_scale
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * scale

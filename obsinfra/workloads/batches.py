@@ -5,34 +5,29 @@ Used by the workloads over fixed data sets; never draws from torch's global gene
 
 from __future__ import annotations
 
-import hashlib
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from obsinfra.errors import DataError
-
-_TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed for torch generators from several numbers or words, the same on every machine and run."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+from obsinfra.optimization.data_order import derived_seed, ignore_trainer_signals, trainer_signals_held
 
 
-def ignore_trainer_signals(worker_id: int) -> None:
-    """Worker start: signals to the process group are the trainer's to deal with.
+class Portion(NamedTuple):
+    """One rank's part of a global batch.
 
-    A worker that died of Ctrl-C would take the batch down that the emergency checkpoint waits for. Workers
-    end when the trainer tells them, or when it is gone.
+    Attributes:
+        batch: its samples.
+        rows: how many. 0 for a rank whose part of a last batch is empty; it gets one sample all the same, as
+            it must take part in the exchange of gradients.
+        of: samples of the global batch.
     """
-    for number in _TRAINER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
+
+    batch: Any
+    rows: int
+    of: int
 
 
 class MapBatches:
@@ -79,6 +74,12 @@ class MapBatches:
         self.epoch = 0
         self.position = 0
         self._continue = False
+        self._rank, self._ranks = 0, 1
+
+    def divide(self, rank: int, ranks: int) -> None:
+        """Yield `Portion`s from here on: rank `rank`'s contiguous part of each batch. The position goes on
+        counting whole batches, so that it is the same for any number of ranks."""
+        self._rank, self._ranks = rank, ranks
 
     def __len__(self) -> int:
         if self.drop_last:
@@ -93,10 +94,18 @@ class MapBatches:
 
     def _epoch(self) -> Iterator[Any]:
         if self.position < len(self):
-            for batch in self._load(self._order()[self.position : len(self)]):
+            whole = self._order()[self.position : len(self)]
+            parts = [self._part(indices) for indices in whole]
+            loaded = self._load([part or indices[:1] for part, indices in zip(parts, whole, strict=True)])
+            for batch, part, indices in zip(loaded, parts, whole, strict=True):
                 self.position += 1
-                yield batch
+                yield batch if self._ranks == 1 else Portion(batch, len(part), len(indices))
         self._finish_epoch()
+
+    def _part(self, indices: list[int]) -> list[int]:
+        """This rank's part of a batch."""
+        first, end = (rank * len(indices) // self._ranks for rank in (self._rank, self._rank + 1))
+        return indices[first:end]
 
     def _finish_epoch(self) -> None:
         self.epoch += 1
@@ -126,13 +135,8 @@ class MapBatches:
         )
         if not self.num_workers:
             return iter(loader)
-        # Blocked while workers start: one that is hit before it ignores the signal would run the trainer's
-        # handlers. A signal that comes now reaches the trainer when the mask is lifted.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
-        try:
+        with trainer_signals_held():
             return iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, position and what they refer to; batches that workers loaded ahead do not count."""

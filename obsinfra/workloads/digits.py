@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from obsinfra.errors import DataError, UserError
+from obsinfra.errors import UserError
 from obsinfra.workloads.batches import MapBatches
+from obsinfra.workloads.bundled_files import bundled_file
 from obsinfra.workloads.protocol import Batches, Defaults, StepOutput
 
 SIZES = {"small": 32, "medium": 64}
@@ -59,6 +61,14 @@ class DigitImages(Dataset[Any]):
         return self.images[indices], self.labels[indices]
 
 
+def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pixels of 0 to 16 [N, 64] and each image's digit [N], as `sklearn.datasets.load_digits` gives them."""
+    rows = np.loadtxt(
+        bundled_file("sklearn", "datasets/data/digits.csv.gz", what="the digits are"), delimiter=","
+    )
+    return rows[:, :-1], rows[:, -1]
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -92,17 +102,9 @@ class Digits:
         if size not in SIZES:
             raise UserError(f"digits has no size {size!r}", f"one of {', '.join(SIZES)}")
         self.channels = SIZES[size]
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError(
-                f"the digits are not installed ({error})",
-                "the extra `examples`",
-                "pip install 'obsinfra[examples]'",
-            ) from error
-        bunch = load_digits()
-        images = torch.from_numpy(np.asarray(bunch.data, dtype=np.float32)).view(-1, 1, 8, 8) / 16
-        labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+        pixels, numbers = _read_digits()
+        images = torch.from_numpy(pixels.astype(np.float32)).view(-1, 1, 8, 8) / 16
+        labels = torch.from_numpy(numbers.astype(np.int64))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         held, kept = order[:HELD_OUT], order[HELD_OUT:]
         self.training = DigitImages(images[kept], labels[kept])

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsinfra.errors import DataError
+from obsinfra.workloads.bundled_files import bundled_file
 from obsinfra.workloads.market_files import PRICE_COLUMNS, read_table, table_files
 
 FEATURES = (
@@ -77,20 +78,23 @@ def load_instruments(data_path: str | None) -> list[Instrument]:
 
 
 def _bundled() -> list[Instrument]:
-    try:
-        from arch.data import nasdaq, sp500
-    except ImportError as error:
-        raise DataError(
-            f"the default market data is not installed ({error})",
-            "the extra `examples`, or your own bars",
-            "pip install 'obsinfra[examples]', or --data-path FILE with date, open, high, low, close, volume",
-        ) from error
+    files = {
+        name: bundled_file(
+            "arch",
+            f"data/{name}/{name}.csv.gz",
+            what="the default market data is",
+            otherwise=", or --data-path FILE with date, open, high, low, close, volume",
+        )
+        for name in ("sp500", "nasdaq")
+    }
+    import pandas
+
     instruments = []
-    for name, module in (("sp500", sp500), ("nasdaq", nasdaq)):
-        frame = module.load()
+    for name, path in files.items():
+        frame = pandas.read_csv(path, parse_dates=["Date"])
+        dates = frame.pop("Date").to_numpy().astype("datetime64[s]")
         table = {str(column).lower(): frame[column].to_numpy(dtype=np.float64) for column in frame.columns}
-        table["date"] = frame.index.to_numpy().astype("datetime64[s]")
-        instruments.append(validated(name, table, f"arch.data.{name}"))
+        instruments.append(validated(name, table | {"date": dates}, f"arch.data.{name}"))
     return instruments
 
 

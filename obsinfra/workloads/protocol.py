@@ -27,6 +27,8 @@ class Defaults:
         autocast: False keeps fp32 under `precision = auto`, for models that lose more than they gain.
         validate_every: validate every N epochs by default.
         betas, eps: AdamW's.
+        splittable: the loss of a batch is the mean over its rows, so that it may be computed in pieces; False
+            for losses that compare rows with each other.
     """
 
     epochs: int
@@ -41,6 +43,7 @@ class Defaults:
     validate_every: int = 1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    splittable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,8 @@ class StepOutput:
     Attributes:
         loss: scalar tensor attached to the graph; the trainer calls backward on it.
         samples: samples this batch stands for, for throughput.
-        metrics: further values worth seeing, detached; kept on the device, never synchronised here.
+        metrics: further values worth seeing, means over the rows, detached; kept on the device, never
+            synchronised here.
     """
 
     loss: Tensor

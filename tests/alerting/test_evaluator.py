@@ -176,11 +176,12 @@ def test_history_does_not_grow_with_time() -> None:
     scene = Scene(COUNTED)
     for second in range(2_000):
         scene.after(1, second // 100, metric=COUNTED.metric)
-    [increase] = scene.evaluator._increases.values()
-    assert len(increase._points) <= COUNTED.increase_seconds + 2
+    [judge] = scene.evaluator._judges
+    [history] = judge.histories.values()
+    assert len(history.points) <= COUNTED.condition.window_seconds + 2
     for _ in range(100):
         scene.after(1, None, metric=COUNTED.metric)
-    assert scene.evaluator._increases == {}
+    assert judge.histories == {}
 
 
 def test_the_summary_is_filled_in_for_people() -> None:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from promtool import needs_promtool, promtool
+from stack_versions import StackVersion, each_version
 
-from obsinfra.alerting.prometheus_rules import check_rules, duration, render_rules, write_rules
-from obsinfra.alerting.rule_tests import render_rule_tests, series_labels
-from obsinfra.catalog.alerts import ALERTS, BY_NAME, Alert, with_thresholds
+from obsinfra.alerting.dashboard_recordings import DASHBOARD_RECORDINGS
+from obsinfra.alerting.prometheus_rules import check_rules, render_rules, write_rules
+from obsinfra.alerting.promql import duration, recordings
+from obsinfra.alerting.rule_tests import (
+    pace_of,
+    render_rule_tests,
+    scenes_of,
+    series_labels,
+    write_rule_tests,
+)
+from obsinfra.catalog.actions import ACTIONS
+from obsinfra.catalog.alert_changes import alert_table
+from obsinfra.catalog.alerts import ALERTS, BY_NAME, Alert
+from obsinfra.catalog.conditions import Always, metrics_of, window_of
+from obsinfra.catalog.metrics import METRICS
 
 COMMITTED = Path(__file__).parents[2] / "prometheus/rules/obsinfra.yml"
 
@@ -33,19 +48,63 @@ def test_a_difference_is_shown_as_a_diff(tmp_path: Path) -> None:
 
 
 def test_a_users_threshold_reaches_the_expression_in_the_metrics_unit() -> None:
-    rules = yaml.safe_load(render_rules(with_thresholds({"memory": 57, "gpu_temperature": 79.5})))
-    expressions = {rule["alert"]: rule["expr"] for rule in rules["groups"][0]["rules"]}
+    expressions = {
+        rule["alert"]: rule["expr"]
+        for rule in alert_rules(alert_table({"memory": 57, "gpu_temperature": 79.5}))
+    }
     assert expressions["HighMemory"] == "obsinfra_memory_pressure_ratio > 0.57"
     assert expressions["HighGPUTemperature"] == "obsinfra_gpu_temperature_celsius > 79.5"
 
 
 def test_high_gpu_utilisation_only_informs() -> None:
-    rules = yaml.safe_load(render_rules())["groups"][0]["rules"]
-    [busy] = [rule for rule in rules if rule["alert"] == "HighGPUUtilization"]
+    [busy] = [rule for rule in alert_rules() if rule["alert"] == "HighGPUUtilization"]
     assert busy["labels"] == {"severity": "info", "scope": "device"}
-    assert {rule["alert"] for rule in rules if "action" in rule["labels"]} == {
-        "HighMemory", "HighGPUMemory", "HighGPUTemperature", "SlowStep", "GradientExplosion", "NonFiniteLoss",
+
+
+def test_the_original_seven_are_as_documented() -> None:
+    """Name, expression, wait, severity and action of the table the product began with."""
+    found = {
+        rule["alert"]: (
+            rule["expr"], rule.get("for", "0s"), rule["labels"]["severity"], rule["labels"].get("action")
+        )
+        for rule in alert_rules()
     }  # fmt: skip
+    wanted = {
+        "HighCPU": ("obsinfra_host_cpu_ratio > 0.9", "60s", "warning", None),
+        "HighMemory": ("obsinfra_memory_pressure_ratio > 0.85", "15s", "critical", "emergency_checkpoint"),
+        "HighGPUUtilization": ("obsinfra_gpu_utilization_ratio > 0.95", "300s", "info", None),
+        "HighGPUMemory": ("obsinfra_gpu_memory_ratio > 0.9", "30s", "warning", "checkpoint"),
+        "HighGPUTemperature": (
+            "obsinfra_gpu_temperature_celsius > 85", "10s", "critical", "emergency_checkpoint"
+        ),
+        "SlowStep": ("obsinfra_step_time_seconds > 10", "0s", "warning", "checkpoint"),
+        "GradientExplosion": ("obsinfra_gradient_norm_peak > 100", "0s", "critical", "emergency_checkpoint"),
+    }  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_every_row_can_be_read_and_acted_on() -> None:
+    """An alert has a summary, a description, a runbook, and a severity; its action is one a trainer knows."""
+    for rule in alert_rules():
+        notes = rule["annotations"]
+        assert notes["summary"] and notes["description"].endswith("."), rule["alert"]
+        assert notes["runbook_url"].endswith(f"/runbooks/{rule['alert']}")
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert rule["labels"].get("action", "stop") in ACTIONS
+
+
+def test_every_metric_of_a_condition_is_one_that_is_exported() -> None:
+    for alert in ALERTS:
+        for metric in metrics_of(alert.condition):
+            assert metric.source == "stack" or metric in METRICS, (alert.name, metric.name)
+
+
+def test_what_is_switched_off_has_no_rule() -> None:
+    rules = alert_rules(alert_table({}, {"gpu_idle": {"enabled": False}, "lost_share": {"enabled": False}}))
+    assert BY_NAME.keys() - {rule["alert"] for rule in rules} == {"GPUIdle", "GoodputLow"}
+    assert "obsinfra:lost_share:ratio" not in render_rules(
+        alert_table({}, {"lost_share": {"enabled": False}})
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,35 +114,69 @@ def test_durations_in_prometheus_notation(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@needs_promtool
-def test_promtool_accepts_the_rules() -> None:
-    checked = promtool("check", "rules", "--lint-fatal", COMMITTED)
+@each_version
+def test_promtool_accepts_the_rules(version: StackVersion) -> None:
+    checked = version.run("promtool", "check", "rules", "--lint-fatal", COMMITTED)
     assert checked.returncode == 0, checked.stderr
-    assert f"{len(ALERTS)} rules found" in checked.stdout
+    recorded = {record.name for alert in ALERTS for record in recordings(alert.condition)}
+    recorded |= {record.name for record in DASHBOARD_RECORDINGS}
+    assert f"{len(ALERTS) + len(recorded)} rules found" in checked.stdout
 
 
-@needs_promtool
-@pytest.mark.parametrize(
-    "overrides", [{}, {"memory": 60.5, "step_time": 0.25, "gradient_norm": 1e6}], ids=["default", "own"]
-)
+OWN = {
+    "memory": {"threshold": 60.5, "for_seconds": 0},
+    "step_time": {"threshold": 0.25, "for_seconds": 7},
+    "gradient_norm": {"threshold": 1e6},
+    "data_share": {"threshold": 12, "window_seconds": 60, "for_seconds": 0},
+    "memory_creep": {"threshold": 50, "window_seconds": 600},
+    "loss_spike": {"threshold": 4, "window_seconds": 120},
+    "nonfinite_loss": {"threshold": 3, "window_seconds": 20, "for_seconds": 5},
+    "no_progress": {"threshold": 100},
+    "straggler": {"threshold": 2, "for_seconds": 3},
+    "gradient_trend": {"threshold": 2.5, "window_seconds": 300},
+    "disk_filling": {"threshold": 20, "window_seconds": 900},
+    "pcie_replays": {"threshold": 3, "window_seconds": 60},
+}
+
+
+@each_version
+@pytest.mark.parametrize("changes", [{}, OWN], ids=["default", "own"])
 def test_every_alert_fires_and_resolves_as_the_table_says(
-    tmp_path: Path, overrides: dict[str, float]
+    tmp_path: Path, changes: dict[str, dict[str, float]], version: StackVersion
 ) -> None:
-    table = with_thresholds(overrides)
-    write_rules(tmp_path / "rules.yml", table)
-    (tmp_path / "test.yml").write_text(render_rule_tests("rules.yml", table))
-    judged = promtool("test", "rules", tmp_path / "test.yml")
+    tests = write_rule_tests(tmp_path, alert_table({}, changes))
+    judged = version.run("promtool", "test", "rules", *tests)
     assert judged.returncode == 0, judged.stdout + judged.stderr
+    assert len(tests) == len(ALERTS)
+
+
+def _wrong(alert: Alert) -> list[dict[str, float]]:
+    """Changes of an alert's rule, each of which its tests must notice."""
+    wrong = [
+        {"threshold": alert.threshold * 1.5 + (1 if alert.comparator == ">" else -2)},
+        {"for_seconds": alert.for_seconds + window_of(alert.condition) + 60 * pace_of(alert)},
+    ]
+    if window_of(alert.condition):
+        wrong.append({"window_seconds": 3 * window_of(alert.condition)})
+    return wrong
 
 
 @needs_promtool
-@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
-def test_the_generated_tests_notice_a_wrong_rule(tmp_path: Path, alert: Alert) -> None:
-    """A rule made from another threshold or another wait fails the tests made from the right table."""
-    other = with_thresholds({alert.key: alert.threshold * 1.5 + 1})
-    write_rules(tmp_path / "rules.yml", other)
-    (tmp_path / "test.yml").write_text(render_rule_tests("rules.yml", [alert]))
-    assert promtool("test", "rules", tmp_path / "test.yml").returncode != 0
+def test_the_generated_tests_notice_a_wrong_rule(tmp_path: Path) -> None:
+    """A rule made from another threshold, wait or window fails the tests made from the right table."""
+    unnoticed = []
+    for alert in ALERTS:
+        if isinstance(alert.condition, Always):
+            continue  # there is nothing to get wrong
+        for number, change in enumerate(_wrong(alert)):
+            rules, test = (tmp_path / f"{alert.name}-{number}.{what}.yml" for what in ("rules", "test"))
+            write_rules(
+                rules, [row for row in alert_table({}, {alert.key: change}) if row.name == alert.name]
+            )
+            test.write_text(render_rule_tests(rules.name, alert))
+            if promtool("test", "rules", test).returncode == 0:
+                unnoticed.append((alert.name, change))
+    assert unnoticed == []
 
 
 READS_AS = {
@@ -95,29 +188,39 @@ READS_AS = {
     "SlowStep": (75, "A step takes longer than 10 s", "1m 15s", "10 s"),
     "GradientExplosion": (123456, "Gradient norm above 100", "123.5k", "100"),
     "NonFiniteLoss": (3, "The loss is NaN or infinite", "3 within 60 s", "0"),
+    "DiskLow": (1.5e9, "Less than 2 GB free where the run folder lies", "1.5GB", "2 GB"),
+    "SwapInUse": (3e9, "More than 1 GB of swap in use", "3GB", "1 GB"),
+    "RemoteBehind": (
+        4000, "A checkpoint has been waiting for its remote copy for more than 900 s", "1h 6m 40s", "900 s"
+    ),
+    "TrainerGone": (0, "The trainer of some-run died without saying why", "0", "1"),
+    "GPUXidError": (1, "GPU some-device reported XID some-xid", "1 within 600 s", "0"),
+    "GPUThrottling": (1, "GPU some-device is held down: hw_slowdown", "1", "0"),
 }  # fmt: skip
+"""Value played → summary, value and threshold as people read them, one alert for each way of writing."""
 
 
-@needs_promtool
-def test_what_people_read(tmp_path: Path) -> None:
-    """Each alert's annotations as Prometheus itself renders them, against what a person would write."""
-    assert READS_AS.keys() == BY_NAME.keys()
+@each_version
+def test_what_people_read(tmp_path: Path, version: StackVersion) -> None:
+    """Annotations as Prometheus itself renders them, against what a person would write."""
     write_rules(tmp_path / "rules.yml")
     tests = []
-    for alert in ALERTS:
-        value, summary, value_text, threshold = READS_AS[alert.name]
+    for name, (value, summary, value_text, threshold) in READS_AS.items():
+        alert = BY_NAME[name]
         labels = series_labels(alert)
-        selector = ", ".join(f'{name}="{label}"' for name, label in labels.items())
+        [first, *_] = scenes_of(alert)
+        [series] = first.series
         own = {"severity": alert.severity, "scope": alert.scope}
         tests.append(
             {
                 "interval": "1s",
                 "input_series": [
-                    {"series": f"{alert.metric.sample_name}{{{selector}}}", "values": f"{value}+0x310"}
+                    {"series": series, "values": f"{value}+0x310"},
+                    {"series": f'obsinfra_step{{run="{labels.get("run")}"}}', "values": "1234567+0x310"},
                 ],
                 "alert_rule_test": [
                     {
-                        "alertname": alert.name,
+                        "alertname": name,
                         "eval_time": f"{alert.for_seconds:.0f}s",
                         "exp_alerts": [
                             {
@@ -129,7 +232,9 @@ def test_what_people_read(tmp_path: Path) -> None:
                                     "description": alert.description,
                                     "value": value_text,
                                     "threshold": threshold,
-                                },
+                                    "runbook_url": f"http://127.0.0.1:9465/runbooks/{name}",
+                                }
+                                | ({"step": "1234567"} if "run" in labels else {}),
                             }
                         ],
                     }
@@ -138,5 +243,10 @@ def test_what_people_read(tmp_path: Path) -> None:
         )
     document = {"rule_files": ["rules.yml"], "evaluation_interval": "1s", "tests": tests}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(document, allow_unicode=True))
-    judged = promtool("test", "rules", tmp_path / "test.yml")
+    judged = version.run("promtool", "test", "rules", tmp_path / "test.yml")
     assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
+def alert_rules(alerts: Sequence[Alert] = ALERTS) -> list[dict[str, Any]]:
+    groups = yaml.safe_load(render_rules(alerts))["groups"]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]

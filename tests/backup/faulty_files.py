@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from obsinfra.backup.file_layer import FileLayer as FileLayer
 from obsinfra.backup.file_layer import OperatingSystemFiles
 
 
@@ -89,6 +90,18 @@ class KillingFiles(WatchedFiles):
 
 class PowerCut(BaseException):
     """The machine is off: nothing that would run after it may have an effect."""
+
+
+class DyingFiles(WatchedFiles):
+    """The process is as good as dead from operation number `at` on; what it did until then stays."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(self._die)
+        self._at = at
+
+    def _die(self, operation: str, path: Path) -> None:
+        if self.count >= self._at:
+            raise PowerCut
 
 
 class ForgetfulFiles(WatchedFiles):

@@ -152,7 +152,7 @@ def test_down_in_the_middle_of_a_copy_and_up_again(tmp_path: Path, place: Path) 
         process = watched.started()
         objects = place / "objects"
         wait_for(lambda: len(list(objects.glob("*/*"))) > 20, "it is under way")
-        process.suspend()
+        stop(process)
         down(place)
         process.resume()
         wait_for(lambda: "checkpoint_remote_failing" in watched.names(), "it is seen")
@@ -160,6 +160,17 @@ def test_down_in_the_middle_of_a_copy_and_up_again(tmp_path: Path, place: Path) 
         up(place)
         wait_for(lambda: watched.steps_there() == [1] and watched.nothing_waits(), "it goes on")
         assert same(state, create_backup_system(tmp_path / "back").load(fetched(watched, tmp_path)).state)
+
+
+def stop(process: psutil.Process) -> None:
+    """Suspend it, and wait until none of its threads is in a system call any more."""
+    process.suspend()
+    tasks = Path(f"/proc/{process.pid}/task")
+
+    def states() -> set[str]:
+        return {path.read_text().rpartition(")")[2].split()[0] for path in tasks.glob("*/stat")}
+
+    wait_for(lambda: states() == {"T"}, "all of it stands still")
 
 
 def fetched(watched: Watched, tmp_path: Path) -> Path:
@@ -172,13 +183,13 @@ def test_killed_in_the_middle_of_a_copy_another_goes_on(tmp_path: Path, place: P
         watched.save(1, state)
         process = watched.started()
         wait_for(lambda: len(list((place / "objects").glob("*/*"))) > 20, "it is under way")
-        process.suspend()
-        first = {path: path.stat().st_mtime_ns for path in (place / "objects").glob("*/*")}
+        stop(process)
+        first = {path: path.stat() for path in (place / "objects").glob("*/*")}
         assert not list(place.glob("manifests/*"))
         process.kill()
         wait_for(lambda: watched.steps_there() == [1] and watched.nothing_waits(), "another one ends it")
-        whole = {path for path in first if path.stat().st_size == 10_000}
-        assert len(whole) > 10 and all(path.stat().st_mtime_ns == first[path] for path in whole), (
+        whole = {path: then.st_mtime_ns for path, then in first.items() if then.st_size == 10_000}
+        assert len(whole) > 10 and all(path.stat().st_mtime_ns == then for path, then in whole.items()), (
             "what was there is not copied again"
         )
         assert watched.names() == ["checkpoint_mirror_died"]
@@ -290,7 +301,7 @@ def test_nobody_waits_for_a_process_that_hangs(tmp_path: Path, place: Path) -> N
         process = watched.started()
         watched.save(1)
         wait_for(watched.nothing_waits, "it works")
-        process.suspend()
+        stop(process)
         for step in range(2, 12):
             watched.save(step)
         wait_for(lambda: watched.reports[-1].pending == 10 and watched.reports[-1].lag_seconds > 1, "the lag")

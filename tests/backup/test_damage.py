@@ -56,6 +56,11 @@ def overwrite(path: Path, chance: random.Random) -> None:
     path.write_bytes(chance.randbytes(path.stat().st_size))
 
 
+def zero(path: Path, chance: random.Random) -> None:
+    """As a file system may leave a file after a power cut: its size, and nothing in it."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 def delete(path: Path, chance: random.Random) -> None:
     path.unlink()
 
@@ -65,7 +70,7 @@ def make_a_folder(path: Path, chance: random.Random) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, extend, overwrite, delete, make_a_folder])
+@pytest.mark.parametrize("damage", [flip, cut, extend, overwrite, zero, delete, make_a_folder])
 def test_damage_of_any_file_is_named_and_the_newest_sound_one_loads(
     backup: BackupSystem, tmp_path: Path, damage: Callable[[Path, random.Random], None]
 ) -> None:
@@ -109,6 +114,37 @@ def test_damage_of_any_file_is_named_and_the_newest_sound_one_loads(
     assert len(backup.verify()) == 2 and same(small_state(2), backup.load().state)
 
 
+@pytest.mark.parametrize("what", ["chunks", "manifests"])
+def test_two_files_that_changed_places_are_both_damaged(backup: BackupSystem, what: str) -> None:
+    """Both whole, and of the same size: only by what is in them can it be told."""
+    old, new = backup.list()
+    if what == "chunks":
+        own = [
+            next(chunk_path(backup, e.chunks[0]) for e in info.tensors if e.nbytes == 1600)
+            for info in (old, new)
+        ]
+        assert own[0].stat().st_size == own[1].stat().st_size and own[0] != own[1]
+    else:
+        own = [old.path, new.path]
+    first, second = (path.read_bytes() for path in own)
+    own[0].write_bytes(second)
+    own[1].write_bytes(first)
+    if what == "chunks":
+        problems = [result.problem or "" for result in backup.verify()]
+        assert all(path.name[:12] in problem for path, problem in zip(own, problems, strict=True))
+        with pytest.raises(CheckpointError, match=r"no sound checkpoint.*2 damaged"):
+            backup.load()
+        backup.save(small_state(1), step=3, epoch=0)  # mends what it has in common with the first
+        assert [bool(result.problem) for result in backup.verify()] == [False, True, False]
+        return
+    for path in own:
+        with pytest.raises(CheckpointError, match=path.name):
+            backup.load(path)
+    assert all(result.problem for result in backup.verify())
+    with pytest.raises(CheckpointError, match=r"no sound checkpoint.*2 damaged"):
+        backup.load()
+
+
 def test_every_byte_of_a_manifest_counts(backup: BackupSystem) -> None:
     path = backup.list()[1].path
     raw = path.read_bytes()
@@ -127,6 +163,17 @@ def test_a_damaged_chunk_is_written_anew_by_the_next_save_that_has_it(backup: Ba
     saved = backup.save(small_state(2), step=3, epoch=0)
     assert saved.bytes_written == size
     assert [result.problem for result in backup.verify()] == [None, None, None]
+
+
+def test_what_damage_left_in_a_chunk_is_not_taken_for_that_chunk(tmp_path: Path) -> None:
+    """A file that damage zeroed holds just what a tensor of zeros needs, under the name of another chunk."""
+    backup = create_backup_system(tmp_path, files=QuickFiles())
+    backup.save({"moment": torch.ones(1000)}, step=1, epoch=0)
+    (path,) = backup.store.objects.all()
+    zero(path, random.Random(0))
+    backup.save({"moment": torch.zeros(1000)}, step=2, epoch=0)
+    assert [bool(result.problem) for result in backup.verify()] == [True, False]
+    assert torch.equal(backup.load().state["moment"], torch.zeros(1000))
 
 
 def test_an_older_damaged_one_is_not_reported_as_skipped(backup: BackupSystem) -> None:
@@ -177,8 +224,9 @@ def forge(path: Path, **changes: Any) -> None:
 
 def test_a_newer_schema_is_refused_clearly_and_older_checkpoints_still_load(backup: BackupSystem) -> None:
     path = backup.list()[1].path
-    forge(path, schema=2)
-    with pytest.raises(CheckpointError, match="has schema 2; expected schema 1; fix: use the version of obs"):
+    forge(path, schema=3)
+    says = "has schema 3; expected schema 1 or 2; fix: use the version of obs"
+    with pytest.raises(CheckpointError, match=says):
         backup.load(path)
     loaded = backup.load()
     assert loaded.info.step == 1

@@ -25,6 +25,7 @@ from dcp_ranks import in_group, kept, report
 from faulty_files import FailingFiles, ForgetfulFiles, QuickFiles, WatchedFiles, tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from same import same, small_state
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -54,6 +55,8 @@ from obsinfra.backup.dcp import (
     ObsinfraSavePlanner,
     ObsinfraWriter,
 )
+from obsinfra.backup.dcp_whole import read_any_state
+from obsinfra.backup.export import export
 from obsinfra.backup.manifest import Manifest, sealed
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.backup.tensors import tensor_bytes
@@ -203,6 +206,44 @@ def test_one_process_loads_what_two_ranks_saved(group: Path, saved: str, expecte
     step = state.pop("step")
     assert differences(kept(group / expected), state) == []
     assert step == create_backup_system(group / saved).list()[0].step or saved == "back"
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [("ddp", "ddp-then"), ("fsdp", "fsdp-then"), ("back", "../one-then")],
+)
+def test_shards_are_put_together_without_a_model_to_load_into(group: Path, saved: str, expected: str) -> None:
+    store = create_backup_system(group / saved).store
+    manifest = store.read_manifest(store.manifest_paths()[0])
+    state = read_any_state(store, manifest)
+    assert state.pop("step") == manifest.step or saved == "back"
+    assert differences(kept(group / expected), state) == []
+
+
+@pytest.mark.parametrize("saved", ["ddp", "fsdp"])
+def test_what_two_ranks_saved_is_exported_whole(group: Path, tmp_path: Path, saved: str) -> None:
+    backup = create_backup_system(group / saved)
+    path = backup.list()[0].path
+    expected = kept(group / f"{saved}-then")
+    export(backup, path, tmp_path / "model.safetensors")
+    assert same(
+        dict(sorted(expected["model"].items())),
+        dict(sorted(load_file(tmp_path / "model.safetensors").items())),
+    )
+    model = dcp_ranks.build(9)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    export(backup, path, tmp_path / "all.pt", form="torch", part="all")
+    assert (
+        differences(
+            expected | {"step": 3}, torch.load(tmp_path / "all.pt", map_location="cpu", weights_only=True)
+        )
+        == []
+    )
+    export(backup, path, tmp_path / "dcp", form="dcp", part="all")
+    expected["optimizer"] = {"state": expected["optimizer"]["state"]}
+    wanted = empty(expected)
+    dcp.load(wanted, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert differences(expected, wanted) == []
 
 
 def test_a_rank_that_fails_leaves_the_checkpoints_and_the_next_save_works(group: Path) -> None:
@@ -739,6 +780,42 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path, name: str
     manifest.path.write_bytes(sealed(body))
     with pytest.raises(dcp.CheckpointException, match=message):
         load(tmp_path, empty(small_state()), manifest.path)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_that_contradicts_itself_is_not_put_together_either(tmp_path: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    manifest = save(tmp_path, small_state())
+    body = json.loads(manifest.path.read_bytes().partition(b"\n")[0])
+    change(body)
+    manifest.path.write_bytes(sealed(body))
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        read_any_state(store, store.read_manifest(manifest.path))
+
+
+def test_shards_that_leave_a_gap_are_not_put_together(tmp_path: Path) -> None:
+    manifest = save(tmp_path, small_state())
+    body = json.loads(manifest.path.read_bytes().partition(b"\n")[0])
+    body["state"]["items"]["weight"]["size"][0] += 1
+    manifest.path.write_bytes(sealed(body))
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match="the shards of weight do not make up its shape"):
+        read_any_state(store, store.read_manifest(manifest.path))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_values_and_nesting_come_back_without_a_template(tmp_path: Path, flat: bool) -> None:
+    state = {
+        "model": {"a.b": torch.ones(2), "deep": {"c": torch.arange(3)}},
+        "long": "x" * 100_000,
+        "list": [torch.ones(1), {"d": 2.5}],
+        "none": None,
+        "empty": torch.ones(0, 3),
+    }
+    plain = DefaultSavePlanner(flatten_state_dict=flat, flatten_sharded_tensors=flat)
+    manifest = save(tmp_path, state, planner=plain)
+    assert same(state, read_any_state(CheckpointStore(tmp_path), manifest))
 
 
 # ---- beside others -----------------------------------------------------------------------------------------

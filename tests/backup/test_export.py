@@ -12,7 +12,7 @@ import pytest
 import torch
 from faulty_files import QuickFiles
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 from same import same
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -53,12 +53,18 @@ def test_safetensors_hold_the_model_and_say_where_from(backup: BackupSystem, tmp
     size = export(backup, "latest", target)
     assert size == target.stat().st_size
     model = backup.load().state["model"]
-    assert same(dict(sorted(model.items())), dict(sorted(load_file(target).items())))
+    assert same(
+        dict(sorted(model.items())),
+        dict(sorted({**load_file(target), "3.weight": model["0.weight"]}.items())),
+    )
     with safe_open(target, "pt") as file:  # type: ignore[no-untyped-call]
         notes = file.metadata()
     assert notes["format"] == "pt", "what Hugging Face's loader asks for"
     assert notes["obsinfra_checkpoint"] == backup.list()[0].path.stem and notes["step"] == "7"
-    tied_model().load_state_dict(load_file(target))
+    assert notes["3.weight"] == "0.weight", "a tensor of two names is there once"
+    loaded = tied_model()
+    assert load_model(loaded, target) == (set(), [])
+    assert same(model, dict(loaded.state_dict()))
 
 
 def test_torch_exports_load_with_weights_only(backup: BackupSystem, tmp_path: Path) -> None:
@@ -93,6 +99,38 @@ def test_what_was_exported_comes_back_bit_for_bit(backup: BackupSystem, tmp_path
     assert loaded.info.path == saved.path and (saved.step, saved.kind) == (3, "regular")
     assert same(
         dict(sorted(backup.load().state["model"].items())), dict(sorted(loaded.state["model"].items()))
+    )
+
+
+def test_tied_weights_are_tied_again_after_an_import(backup: BackupSystem, tmp_path: Path) -> None:
+    export(backup, "latest", tmp_path / "m.safetensors")
+    other = create_backup_system(tmp_path / "other", files=QuickFiles())
+    model = other.load(import_file(other, tmp_path / "m.safetensors").path).state["model"]
+    assert model["3.weight"] is model["0.weight"]
+    tied_model().load_state_dict(model)
+
+
+def test_tensors_that_are_merely_equal_all_stay(backup: BackupSystem, tmp_path: Path) -> None:
+    whole = torch.ones(4, 4)
+    state = {
+        "a": torch.ones(4),
+        "b": torch.ones(4),
+        "view": whole[:2],
+        "t": whole.t(),
+        "empty": torch.ones(0),
+    }
+    backup.save({"model": {**state, "none": torch.ones(0)}}, step=8, epoch=0)
+    export(backup, "latest", tmp_path / "m.safetensors")
+    found = load_file(tmp_path / "m.safetensors")
+    assert same(dict(sorted({**state, "none": torch.ones(0)}.items())), dict(sorted(found.items())))
+
+
+def test_notes_in_a_file_are_not_taken_for_names(backup: BackupSystem, tmp_path: Path) -> None:
+    model = nn.ParameterList(torch.ones(1) * number for number in range(10))
+    backup.create_checkpoint(model, step=8)
+    export(backup, "latest", tmp_path / "m.safetensors")  # step 8, and a tensor that is called 8
+    assert set(backup.load(import_file(backup, tmp_path / "m.safetensors").path).state["model"]) == set(
+        model.state_dict()
     )
 
 

@@ -90,16 +90,16 @@ def test_a_server_killed_in_the_middle_of_an_upload(
         backup.store, url, options=server.options, first_wait_seconds=0.05, longest_wait_seconds=0.2
     )
     watched = Remote(url, server.options)
-    read, reads = backup.store.objects.read, itertools.count()
+    read, reads = backup.store.objects.read_file, itertools.count()
     halfway, killed = threading.Event(), threading.Event()
 
-    def read_and_pause(digest: str, wanted_by: str) -> bytes:
+    def read_and_pause(digest: str, wanted_by: str) -> tuple[str, bytes]:
         if next(reads) == 20:
             halfway.set()
             assert killed.wait(60)
         return read(digest, wanted_by)
 
-    monkeypatch.setattr(backup.store.objects, "read", read_and_pause)
+    monkeypatch.setattr(backup.store.objects, "read_file", read_and_pause)
     try:
         mirror.start()
         assert halfway.wait(60)

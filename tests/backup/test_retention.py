@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from faulty_files import QuickFiles
+from faulty_files import DyingFiles, FileLayer, PowerCut, QuickFiles
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -43,6 +45,11 @@ def damage_chunks(backup: BackupSystem, path: Path) -> set[str]:
 
 def objects(backup: BackupSystem) -> set[str]:
     return {path.name for path in backup.store.objects.root.rglob("*") if path.is_file()}
+
+
+def whole(names: set[str]) -> set[str]:
+    """Without what a crash left half-written, which is nobody's."""
+    return {name for name in names if not name.endswith(".tmp")}
 
 
 def wanted(backup: BackupSystem) -> set[str]:
@@ -186,7 +193,7 @@ class Saved:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Save, damage, prune, restart in any order: load() gives the newest sound state exactly."""
+    """Save, damage, prune, tag, crash, restore in any order: load() gives the newest sound state exactly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,6 +201,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.restart()
         self.saved: dict[Path, Saved] = {}
         self.damaged: set[str] = set()
+        self.tagged: dict[str, Path] = {}
         self.step = 0
         self.count = 0
 
@@ -210,9 +218,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.backup = create_backup_system(
-            Path(self.folder.name) / "store", keep_last=2, keep_best=1, keep_emergency=1, files=QuickFiles()
-        )
+        self.backup = self.system(QuickFiles())
+
+    def system(self, files: FileLayer) -> BackupSystem:
+        root = Path(self.folder.name) / "store"
+        return create_backup_system(root, keep_last=2, keep_best=1, keep_emergency=1, files=files)
 
     @rule(
         forward=st.sampled_from([0, 1, 1, 1]),
@@ -226,6 +236,55 @@ class StoreMachine(RuleBasedStateMachine):
         chunks = self.backup.store.read_manifest(path).chunks()
         self.saved[path] = Saved((self.step, self.count), kind, seed, chunks)
         self.damaged -= chunks  # what it found damaged was written anew
+
+    @rule(at=st.integers(1, 40), seed=st.integers(0, 5), prune=st.booleans())
+    def crash(self, at: int, seed: int, prune: bool) -> None:
+        """In a save, or in the prune after it; another process goes on."""
+        self.step += 1
+        self.count += 1
+        dying = self.system(DyingFiles(at))
+        with contextlib.suppress(PowerCut):
+            save(dying, self.step, "regular", seed)
+            if prune:
+                dying.prune()
+        self.restart()
+        there = set(self.backup.store.manifest_paths())
+        for path in there - self.saved.keys():
+            chunks = self.backup.store.read_manifest(path).chunks()
+            self.saved[path] = Saved((self.step, self.count), "regular", seed, chunks)
+        for path in self.saved.keys() - there:
+            assert prune and path not in self.tagged.values()
+            del self.saved[path]
+        self.damaged = {digest for digest in self.damaged if not self.is_sound(digest)}
+
+    def is_sound(self, digest: str) -> bool:
+        path = self.backup.store.objects.root / digest[:2] / digest
+        return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+    @precondition(lambda self: any(saved.readable for saved in self.saved.values()))
+    @rule(data=st.data(), name=st.sampled_from(["a", "b"]))
+    def tag(self, data: st.DataObject, name: str) -> None:
+        path = data.draw(st.sampled_from([path for path, saved in self.saved.items() if saved.readable]))
+        self.backup.tag(path, name, move=True)
+        self.tagged[name] = path
+
+    @precondition(lambda self: self.tagged)
+    @rule(data=st.data())
+    def untag(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.tagged)))
+        self.backup.untag(name)
+        del self.tagged[name]
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        path = data.draw(st.sampled_from(list(self.saved)))
+        saved = self.saved[path]
+        if saved.readable and not saved.chunks & self.damaged:
+            assert same(small_state(saved.seed), self.backup.load(path).state)
+        else:
+            with pytest.raises(CheckpointError):
+                self.backup.load(path)
 
     @precondition(lambda self: any(saved.readable for saved in self.saved.values()))
     @rule(data=st.data())
@@ -243,12 +302,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def prune(self) -> None:
         before, held = self.newest_sound(), objects(self.backup) if self.saved else set()
+        held = {name for name in held if not name.endswith(".tmp")}  # what a crash left half done goes
         removed = self.backup.prune()
         for path in removed:
-            assert self.saved.pop(path).readable and not path.exists()
+            assert self.saved.pop(path).readable and not path.exists() and path not in self.tagged.values()
         assert self.newest_sound() == before
         if not all(saved.readable for saved in self.saved.values()):
-            assert not self.saved or objects(self.backup) == held
+            assert not self.saved or whole(objects(self.backup)) == whole(held)
         elif removed:
             assert objects(self.backup) == wanted(self.backup)
 
@@ -272,4 +332,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
-test_any_sequence_of_saves_damage_and_prunes = StoreMachine.TestCase
+test_any_sequence_of_saves_damage_prunes_tags_and_crashes = StoreMachine.TestCase

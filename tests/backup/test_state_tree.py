@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -105,6 +106,34 @@ def through_json(state: Any) -> Any:
     document, found = encode(state)
     text = json.dumps(document, allow_nan=False)
     return decode(json.loads(text), [tensor.resolve_conj() for tensor in found])
+
+
+def test_a_tensor_in_several_places_is_kept_once_and_comes_back_as_one() -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    linear = nn.Linear(3, 3)
+    state = {"a": weight, "b": [weight, weight.view(2, 3)], "c": linear.weight, "d": linear.weight.data}
+    kept = encode(state)[1]
+    assert [tuple(tensor.shape) for tensor in kept] == [(2, 3), (3, 3)]
+    back = through_json(state)
+    assert back["a"] is back["b"][0] and back["a"] is back["b"][1] and back["c"] is back["d"]
+    assert same(state["b"], back["b"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda tensor: tensor[:1],
+        lambda tensor: tensor.t(),
+        lambda tensor: tensor.reshape(1, 4),
+        lambda tensor: tensor.conj(),
+        lambda tensor: tensor.clone(),
+        lambda tensor: tensor.real,
+        lambda tensor: tensor[:0],
+    ],
+)
+def test_other_views_of_a_tensor_are_kept_apart(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensor = torch.randn(2, 2, dtype=torch.complex64)
+    assert len(encode([tensor, other(tensor)])[1]) == 2
 
 
 @settings(max_examples=300, deadline=None)

@@ -41,8 +41,11 @@ class Opened:
     requests: list[str] = field(default_factory=list)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium, for one file: Playwright keeps an event loop running in this thread, beside which no test of
+    another file could start its own.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     executable = os.environ.get("OBSINFRA_TEST_CHROMIUM") or shutil.which("chromium")
     if executable is None:

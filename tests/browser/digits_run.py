@@ -25,7 +25,7 @@ import psutil
 import torch
 from sklearn.datasets import load_digits
 
-from obsinfra.catalog.alerts import THRESHOLD_KEYS
+from obsinfra.catalog.alerts import BY_KEY
 from obsinfra.catalog.metrics import LOST_CAUSES, PHASES
 from obsinfra.monitoring.page import CONTENT_SECURITY_POLICY, asset
 
@@ -273,7 +273,7 @@ class Player:
             "alert_mode": "in-process",
             "commands": [],
             "gpus": [],
-            "thresholds": {key: alert.threshold for key, alert in THRESHOLD_KEYS.items()},
+            "thresholds": {key: alert.threshold for key, alert in BY_KEY.items()},
             "series": {"time": [self._record.time[row] for row in rows]}
             | {name: [column[row] for row in rows] for name, column in self._record.columns.items()},
             "validation_series": {

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from terminal import Terminal
+from torch import nn
 
 from obsinfra.backup.backup_system import BackupSystem, Kind, create_backup_system
+from obsinfra.backup.compare import differences
+from obsinfra.backup.dcp import ObsinfraReader, ObsinfraWriter
 from obsinfra.backup.export import export
 from obsinfra.cli import checkpoints as commands
 from obsinfra.cli import main as cli
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-class Terminal:
-    """Runs `obsinfra` in this process, as its entry point does."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *words: str | Path) -> Result:
-        self._monkeypatch.setattr(sys, "argv", ["obsinfra", "checkpoints", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = self._capsys.readouterr()
-        return Result(int(caught.value.code or 0), out, err)
 
 
 @pytest.fixture
@@ -43,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.chdir(tmp_path)
     for console in (commands.console, cli.stderr):
         monkeypatch.setattr(console, "_width", 250)
-    return Terminal(capsys, monkeypatch)
+    return Terminal("checkpoints", capsys, monkeypatch)
 
 
 @pytest.fixture
@@ -193,7 +178,7 @@ def test_confirm(run: Terminal, backup: BackupSystem) -> None:
     path = save(backup, 5, "emergency")
     assert run("confirm", "latest").code == 2
     assert run("confirm", path.stem).code == 0
-    assert "emergency (confirmed)" in run("list").out
+    assert "(confirmed)" in next(line for line in run("list").out.splitlines() if "-emergency-" in line)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch", "dcp"])
@@ -251,6 +236,141 @@ def test_what_is_not_there_is_one_line_and_exit_code_2(
 ) -> None:
     result = run(*words)
     assert result.code == 2 and result.err.startswith("error: ") and len(result.err.splitlines()) == 1
+
+
+def test_a_metric_that_no_checkpoint_has_is_refused(run: Terminal, backup: BackupSystem) -> None:
+    result = run("prune", "--keep-last", "1", "--best-metric", "los")
+    assert result.code == 2 and "'los'" in result.err and "one of loss" in result.err
+    assert len(backup.list()) == 3
+
+
+def test_what_is_no_url_is_told_so(run: Terminal, backup: BackupSystem) -> None:
+    for command in ("push", "pull"):
+        result = run(command, "some/folder")
+        assert result.code == 2 and "a scheme, e.g. s3://" in result.err
+
+
+def test_a_pull_from_where_nothing_is_fails(run: Terminal, backup: BackupSystem, tmp_path: Path) -> None:
+    result = run("pull", f"file://{tmp_path}/nowhere", "./back")
+    assert result.code == 2 and "no checkpoints at file://" in result.err
+
+
+def test_off_a_terminal_a_checkpoint_is_one_line(
+    run: Terminal, backup: BackupSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands.console, "_width", 40)
+    assert len(run("list").out.splitlines()) == 4
+
+
+# ---- made with torch.distributed.checkpoint ------------------------------------------------------------
+
+
+def distributed(root: Path, step: int) -> dict[str, Any]:
+    """Saved as any DCP user does; what was saved."""
+    model = {"0.weight": torch.full((64, 8), float(step)), "0.bias": torch.arange(8.0)}
+    state = {"model": model, "optimizer": {"lr": 0.5}, "step": step}
+    dcp.save(state, storage_writer=ObsinfraWriter(root, step=step), no_dist=True)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_every_command_takes_a_distributed_checkpoint(run: Terminal, tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "own" / "checkpoints"
+    distributed(root, 1)
+    saved = distributed(root, 2)
+    place = "./runs/own"
+    listed = run("list", place)
+    assert listed.code == 0 and listed.out.count("torch.distributed") == 2
+    first, second = (line.split()[0] for line in listed.out.splitlines()[1:])
+
+    shown = run("show", "latest", "--run", place)
+    assert "torch.distributed.checkpoint, 1 rank\n" in shown.out and "ObsinfraReader" in shown.out
+    assert shown.out.splitlines()[-2].split() == ["model.0.weight", "float32", "[64,", "8]", "1", "0.002"]
+    assert run("verify", place).code == 0
+    assert run("du", place).code == 0
+
+    result = run("diff", first, second, "--run", place)
+    assert result.code == 1 and "2 differ (0.002 MB), 2 are the same" in result.out
+    assert [line.split()[0] for line in result.out.splitlines()[1:3]] == ["model.0.weight", "step"]
+    assert run("diff", second, second, "--run", place).code == 0
+
+    assert run("tag", "latest", "mine", "--run", place).code == 0
+    assert run("export", "mine", "m.safetensors", "--run", place).code == 0
+    found = load_file("m.safetensors")
+    assert found.keys() == saved["model"].keys()
+    assert all(torch.equal(found[name], saved["model"][name]) for name in found)
+    assert run("export", "mine", "m.pt", "--format", "torch", "--part", "all", "--run", place).code == 0
+    assert differences(saved, torch.load("m.pt", weights_only=True)) == []
+    wrong = run("export", "mine", "x", "--part", "modle", "--run", place)
+    assert wrong.code == 2 and "one of: model, optimizer, step" in wrong.err
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_distributed_checkpoints_are_kept_moved_and_taken_in(run: Terminal, tmp_path: Path) -> None:
+    root, url = tmp_path / "store", f"file://{tmp_path}/remote"
+    states = {step: distributed(root, step) for step in (1, 2, 3)}
+    assert "3 checkpoints" in run("push", url, "--run", "./store").out
+    assert "0 checkpoints, 0 chunks" in run("push", url, "--run", "./store").out
+    assert run("tag", "latest", "mine", "--run", "./store").code == 0
+    assert run("confirm", "latest", "--run", "./store").code == 2
+    pruned = run("prune", "./store", "--keep-last", "1")
+    assert pruned.code == 0 and "1 kept" in pruned.out
+    assert run("untag", "mine", "--run", "./store").code == 0
+    (row,) = run("list", "./store").out.splitlines()[1:]
+    assert row.startswith("000000000003-")
+
+    assert run("pull", url, "./back").code == 0 and run("verify", "./back").code == 0
+    for info in create_backup_system(tmp_path / "back").list():
+        found = {"model": {k: torch.zeros_like(v) for k, v in states[1]["model"].items()}, "step": 0}
+        reader = ObsinfraReader(tmp_path / "back", info.path)
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        assert differences(found["model"], states[info.step]["model"]) == []
+
+    assert run("export", "latest", "m.safetensors", "--run", "./store").code == 0
+    assert run("import", "m.safetensors", "--run", "./store", "--tag", "theirs").code == 0
+    theirs = create_backup_system(root).load("theirs")
+    assert torch.equal(theirs.state["model"]["0.bias"], torch.arange(8.0))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_regular_and_a_distributed_checkpoint_are_compared(
+    run: Terminal, backup: BackupSystem, tmp_path: Path
+) -> None:
+    state = distributed(tmp_path / "dcp", 40)
+    backup.save(state, step=40, epoch=0)
+    result = run("diff", "latest", "latest", "--with-run", "./dcp")
+    assert result.code == 0, result.out
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_damaged_distributed_checkpoint_is_not_exported(run: Terminal, tmp_path: Path) -> None:
+    distributed(tmp_path / "dcp", 7)
+    for file in (tmp_path / "dcp" / "objects").glob("*/*"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    result = run("export", "latest", "x.safetensors", "--run", "./dcp")
+    assert result.code == 2 and "damaged" in result.err and len(result.err.splitlines()) == 1
+    assert not (tmp_path / "x.safetensors").exists() and run("verify", "./dcp").code == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_what_two_ranks_sharded_is_shown_and_exported_whole(run: Terminal, tmp_path: Path) -> None:
+    """The example under torchrun, then the commands a person would give."""
+    example = Path(__file__).parents[2] / "examples" / "dcp_save.py"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example), "store"]
+    subprocess.run([sys.executable, *words], check=True, capture_output=True, timeout=200)
+    shown = run("show", "--run", "./store")
+    assert "torch.distributed.checkpoint, 2 ranks" in shown.out
+    weight = next(line.split() for line in shown.out.splitlines() if line.startswith("model.0.weight"))
+    assert weight[1:5] == ["float32", "[256,", "64]", "2"]
+    assert run("verify", "./store").code == 0
+    assert run("export", "latest", "model.safetensors", "--run", "./store").code == 0
+    assert run("export", "latest", "whole", "--run", "./store", "--format", "dcp").code == 0
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    model.load_state_dict(load_file("model.safetensors"))
+    wanted = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
+    dcp.load(wanted, checkpoint_id="whole", no_dist=True)
+    assert differences(dict(model.state_dict()), wanted["model"]) == []
 
 
 def test_a_path_works_as_a_run_folder_or_a_store(run: Terminal, backup: BackupSystem) -> None:

@@ -50,6 +50,12 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_run_beats_the_def
             "thresholds",
             {"gpu_temperature": 80, "cpu": 70},
         ),
+        (
+            "OBSINFRA_ALERTS",
+            "gpu_idle.enabled=false,cpu.severity=info,memory.for_seconds=2.5",
+            "alerts",
+            {"gpu_idle": {"enabled": False}, "cpu": {"severity": "info"}, "memory": {"for_seconds": 2.5}},
+        ),
         ("OBSINFRA_STOP_SIGNALS", "SIGTERM,SIGUSR1", "stop_signals", ("SIGTERM", "SIGUSR1")),
     ],
 )
@@ -71,6 +77,15 @@ def test_the_documented_environment_variables_are_read(
         ({"precision": "fp8"}, ["precision", "fp8", "bf16"]),
         ({"stop_signals": "SIGKILL"}, ["SIGKILL"]),
         ({"thresholds": "gpu_heat=3"}, ["gpu_heat", "gpu_temperature"]),
+        ({"alerts": {"gpu_heat": {}, "cpu": {"for": 3}}}, ["unknown field 'for'", "for_seconds"]),
+        ({"alerts": {"gpu_heat": {"threshold": 3}}}, ["unknown alert 'gpu_heat'", "gpu_temperature"]),
+        ({"alerts": {"cpu": 3}}, ["alerts.cpu = 3", "a table"]),
+        ({"alerts": {"cpu": {"severity": "loud"}}}, ["cpu.severity = loud", "info, warning, critical"]),
+        ({"alerts": {"cpu": {"window_seconds": 60}}}, ["cpu.window_seconds", "no window", "memory_creep"]),
+        ({"alerts": {"data_share": {"window_seconds": 0}}}, ["data_share.window_seconds = 0", "at least 1"]),
+        ({"alerts": {"cpu": {"for_seconds": -1}}}, ["cpu.for_seconds = -1", "at least 0"]),
+        ({"alerts": {"cpu": {"action": "reboot"}}}, ["cpu.action = reboot", "none", "emergency_checkpoint"]),
+        ({"alerts": {"cpu": {"enabled": "maybe"}}}, ["cpu.enabled = maybe", "true or false"]),
         ({"metrics_port": "70000"}, ["metrics_port", "70000"]),
     ],
 )
@@ -112,8 +127,27 @@ def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
         seed=st.integers(0, 2**63 - 1),
         clip_norm=st.floats(0, 1e30),
         thresholds=st.dictionaries(st.sampled_from(["cpu", "memory"]), st.floats(-1e9, 1e9)),
+        alerts=st.dictionaries(
+            st.sampled_from(["data_share", "gpu_xid"]),
+            st.fixed_dictionaries(
+                {"enabled": st.booleans()},
+                optional={
+                    "window_seconds": st.floats(1, 1e6),
+                    "severity": st.sampled_from(["info", "critical"]),
+                },
+            ),
+        ),
         deterministic=st.booleans(),
     )
 )
 def test_config_toml_reads_back_to_the_same_settings(settings: Settings) -> None:
     assert Settings(**tomllib.loads(dump_toml(settings))) == settings
+
+
+def test_a_resumed_run_does_not_take_over_where_it_was(tmp_path: Path) -> None:
+    """It may have been in a container: another folder of runs, another address."""
+    before = tmp_path / "config.toml"
+    before.write_text('output_dir = "/runs"\nmetrics_host = "trainer"\nbatch_size = 7\n')
+    settings = resolve({}, run_config=before, environ={}).settings
+    assert settings.batch_size == 7
+    assert (settings.output_dir, settings.metrics_host) == (Path("runs"), "127.0.0.1")

@@ -159,7 +159,7 @@ def signal(folder: RunFolder, *arguments: str) -> tuple[int, str]:
 def test_signal_tells_what_came_of_it(folder: RunFolder, door: str, run: str) -> None:
     with trainer(folder) as executed:
         code, output = signal(folder, run, "stop", "--door", door, "--reason", "enough")
-    assert code == 0 and 'stop done at step 7: {"path": "m.json"}' in output
+    assert code == 0 and "stop done at step 7\n  path  m.json" in output
     assert [(one.action, one.reason, one.source) for one in executed] == [("stop", "enough", "cli")]
 
 

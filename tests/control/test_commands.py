@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainer_double import command, line
 
-from obsinfra.catalog.actions import ACTIONS
+from obsinfra.catalog.actions import ACTIONS, Action, Argument
 from obsinfra.control.command import (
     ACK_STATES,
     MAX_COMMAND_BYTES,
@@ -36,13 +36,27 @@ text = st.text(st.characters(codec="utf-8"), max_size=60)
 ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,149}", fullmatch=True)
 
 
+def fitting(argument: Argument) -> st.SearchStrategy[Any]:
+    """Every value the table allows."""
+    least, most = argument.minimum, argument.maximum
+    kinds: dict[str, st.SearchStrategy[Any]] = {
+        "bool": st.booleans(),
+        "str": text,
+        "choice": st.sampled_from(argument.choices or ("",)),
+        "int": st.integers(None if least is None else int(least), None if most is None else int(most)),
+        "float": st.floats(least, most, allow_nan=False, allow_infinity=False),
+    }
+    return kinds[argument.kind] if argument.required else st.none() | kinds[argument.kind]
+
+
 @st.composite
 def commands(draw: st.DrawFn) -> Command:
     action = draw(st.sampled_from(sorted(ACTIONS)))
-    values = (
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
-    )
-    args = {name: draw(values) for name in ACTIONS[action].arguments if draw(st.booleans())}
+    args = {
+        argument.name: draw(fitting(argument))
+        for argument in ACTIONS[action].arguments
+        if argument.required or draw(st.booleans())
+    }
     now = time.time()
     return Command(
         id=draw(ids),
@@ -181,6 +195,45 @@ def test_only_version_1_is_understood(version: Any) -> None:
 @pytest.mark.parametrize("value", [{"a": 1}, [1], "x" * (MAX_TEXT + 1), 10**2_001])
 def test_an_argument_is_a_scalar_of_bounded_length(value: Any) -> None:
     assert refusal(action="stop", args={"grace_seconds": value}).state == "rejected"
+    assert refusal(action="stop", args={"alert": value}).state == "rejected"
+
+
+@given(st.sampled_from(sorted(ACTIONS)).map(ACTIONS.__getitem__), st.data())
+def test_an_argument_is_accepted_exactly_if_the_table_allows_it(action: Action, data: st.DataObject) -> None:
+    """Whatever JSON is given for it: the ack says which value, what was expected, and what to do."""
+    argument = data.draw(st.sampled_from(action.arguments))
+    value = data.draw(json_values | fitting(argument))
+    others = {other.name: data.draw(fitting(other)) for other in action.arguments if other.required}
+    try:
+        raw = line(command(action.name, args={**others, argument.name: value}))
+    except ValueError:
+        return  # NaN and half surrogate pairs are no JSON to begin with
+    kinds = {"bool": bool, "str": str, "choice": str, "int": int, "float": (int, float)}
+    allowed = value is None and not argument.required
+    if value is not None and isinstance(value, kinds[argument.kind]):
+        allowed = isinstance(value, bool) == (argument.kind == "bool")
+        if argument.kind in ("int", "float"):
+            allowed = allowed and not (argument.minimum is not None and value < argument.minimum)
+            allowed = allowed and not (argument.maximum is not None and value > argument.maximum)
+        if argument.kind == "choice":
+            allowed = value in argument.choices
+    try:
+        parsed = parse(raw)
+    except RefusedError as error:
+        assert not allowed and error.state == "rejected"
+        assert argument.name in str(error) and action.name in str(error)
+        assert "; expected " in str(error) and "; fix: " in str(error) and len(str(error)) < 600
+    except CommandError:
+        assert isinstance(value, (str, dict, list))  # text that cannot be written again
+    else:
+        assert allowed and parsed.args[argument.name] == value
+
+
+def test_a_missing_argument_is_named_with_what_it_should_be() -> None:
+    told = str(refusal(action="set_log_level", args={}))
+    assert told == (
+        "set_log_level without level; expected one of debug, info, warning, error; fix: add level=…"
+    )
 
 
 @pytest.mark.parametrize("moment", [True, "now", None, [], 10**400])

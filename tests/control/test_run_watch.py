@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from trainer_double import run_folder
 from waiting import wait_for
 
 from obsinfra.control import run_watch
 from obsinfra.control.run_watch import RunWatch
+from obsinfra.run.folder import RunFolder
 
 DEAD = {"0": {"pid": 2**22 + 1, "created": 1.0}}
 
@@ -44,11 +52,30 @@ def test_only_live_runs_are_told_to_prometheus_in_the_shape_of_http_sd(
     run_folder(tmp_path, "over", state="finished")
     run_folder(tmp_path, "no-metrics", metrics_urls={})
     watch.start()
-    labels = {"run": "two-ranks", "model": "digits"}
+    labels = {"run": "two-ranks", "model": "digits", "host": socket.gethostname()}
     assert watch.targets() == [
         {"targets": ["127.0.0.1:9464"], "labels": {**labels, "rank": "0"}},
         {"targets": ["[::1]:9465"], "labels": {**labels, "rank": "1"}},
     ]
+
+
+def test_prometheus_in_a_container_is_told_how_to_reach_the_loopback_of_this_machine(tmp_path: Path) -> None:
+    """A run of another container is reached as it says; one of the sidecar's own host too."""
+    urls = {
+        "0": "http://127.0.0.1:9464/metrics",
+        "1": "http://172.18.0.7:9464/metrics",
+        "2": "http://[::1]:9/metrics",
+        "3": "http://localhost:1/metrics",
+    }
+    for run, host in (("far", "elsewhere"), ("near", socket.gethostname())):
+        run_folder(tmp_path, run, metrics_urls=urls, host=host).write_progress(1, 0)
+    watch = RunWatch(tmp_path, lambda _: None, loopback_host="host.docker.internal")
+    told: dict[str, list[str]] = {"far": [], "near": []}
+    for target in watch.targets():
+        told[target["labels"]["run"]] += target["targets"]
+    gateway = "host.docker.internal"
+    assert told["far"] == [f"{gateway}:9464", "172.18.0.7:9464", f"{gateway}:9", f"{gateway}:1"]
+    assert told["near"] == ["127.0.0.1:9464", "172.18.0.7:9464", "[::1]:9", "localhost:1"]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +152,21 @@ def test_the_heartbeat_is_there_only_while_prometheus_asks(
     assert folder.heartbeat.read_text() == stale
 
 
+def test_no_heartbeat_while_alerts_would_not_come(tmp_path: Path) -> None:
+    folder, come = run_folder(tmp_path), threading.Event()
+    watch = RunWatch(tmp_path, lambda _: None, come.is_set)
+    watch.start()
+    try:
+        watch.targets()
+        assert watch.prometheus_asks and not folder.heartbeat.exists()
+        come.set()
+        wait_for(lambda: folder.sidecar_alive(time.time()), "the first heartbeat")
+        come.clear()
+        wait_for(lambda: not folder.sidecar_alive(time.time()), "the last one is stale")
+    finally:
+        watch.stop()
+
+
 def test_stop_ends_the_thread_and_takes_the_heartbeats_away(tmp_path: Path, watch: RunWatch) -> None:
     folder = run_folder(tmp_path)
     watch.start()
@@ -165,3 +207,128 @@ def test_no_folder_of_runs_yet_is_no_error(tmp_path: Path) -> None:
     run_folder(tmp_path / "later")
     assert watch.find("r1") is not None
     watch.stop()
+
+
+# ---- which runs are up ---------------------------------------------------------------------------------
+
+
+def up(watch: RunWatch) -> dict[str, float]:
+    return {sample.labels["run"]: sample.value for sample in watch.run_up()}
+
+
+def test_a_run_is_up_while_its_trainer_lives_and_down_once_it_died_without_a_word(
+    tmp_path: Path, watch: RunWatch
+) -> None:
+    folder = run_folder(tmp_path)
+    run_folder(tmp_path, "over", state="finished")
+    watch.start()
+    assert up(watch) == {"r1": 1.0}
+    assert watch.run_up()[0].labels == {"run": "r1", "model": "digits"}
+    folder.update_info(processes=DEAD)
+    wait_for(lambda: up(watch) == {"r1": 0.0}, "seen as down")
+    assert watch.targets() == []
+    folder.update_info(processes=run_folder(tmp_path, "other").read_info().processes)
+    wait_for(lambda: up(watch) == {"r1": 1.0, "other": 1.0}, "resumed")
+    folder.update_info(state="failed")
+    wait_for(lambda: up(watch) == {"other": 1.0}, "ended, so no longer told")
+
+
+@pytest.mark.parametrize(("ago", "told"), [(60.0, True), (3_500.0, True), (3_700.0, False)])
+def test_a_death_before_the_sidecars_start_is_told_for_an_hour(
+    tmp_path: Path, watch: RunWatch, ago: float, told: bool
+) -> None:
+    folder = run_folder(tmp_path, processes=DEAD)
+    os.utime(folder.run_json, (time.time() - 9_000, time.time() - 9_000))
+    (folder.root / "progress.json").write_text(json.dumps({"at": time.time() - ago, "step": 5}))
+    watch.start()
+    assert up(watch) == ({"r1": 0.0} if told else {})
+
+
+def test_a_run_seen_alive_is_told_down_from_its_death_on_however_old_its_progress(
+    tmp_path: Path, watch: RunWatch
+) -> None:
+    """A hung trainer notes no progress for hours; then somebody kills it."""
+    folder = run_folder(tmp_path)
+    watch.start()
+    folder.update_info(processes=DEAD)
+    os.utime(folder.run_json, (time.time() - 9_000, time.time() - 9_000))
+    wait_for(lambda: up(watch) == {"r1": 0.0}, "seen as down")
+
+
+def test_a_killed_process_drops_out_by_itself(tmp_path: Path, watch: RunWatch) -> None:
+    """Nothing is written when a process is killed: the scan has to notice."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as trainer:
+        created = psutil.Process(trainer.pid).create_time()
+        run_folder(tmp_path, processes={"0": {"pid": trainer.pid, "created": created}})
+        watch.start()
+        assert len(watch.targets()) == 1
+        trainer.kill()
+        wait_for(lambda: watch.targets() == [] and up(watch) == {"r1": 0.0}, "dropped")
+
+
+# ---- inotify -------------------------------------------------------------------------------------------
+
+
+def slow_watch(tmp_path: Path) -> RunWatch:
+    return RunWatch(tmp_path, lambda _: None)
+
+
+def test_inotify_tells_of_new_runs_changed_runs_and_removed_runs_between_two_polls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_watch, "HEARTBEAT_SECONDS", 3_600.0)
+    watch = slow_watch(tmp_path)
+    watch.start()
+    try:
+        folder = run_folder(tmp_path)
+        wait_for(lambda: [run.folder.id for run in watch.runs()] == ["r1"], "found")
+        folder.update_info(state="finished")
+        wait_for(lambda: watch.runs()[0].info.state == "finished", "read again")
+        shutil.rmtree(folder.root)
+        wait_for(lambda: watch.runs() == [], "gone")
+        run_folder(tmp_path)
+        wait_for(lambda: [run.folder.id for run in watch.runs()] == ["r1"], "found again")
+    finally:
+        watch.stop()
+
+
+@pytest.mark.parametrize("broken", ["no inotify", "no watches left"])
+def test_polling_finds_runs_where_inotify_does_not_work(
+    tmp_path: Path, watch: RunWatch, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    if broken == "no inotify":
+        os.close(watch._events._fd)
+        watch._events._fd = -1
+    else:
+        monkeypatch.setattr(watch._events, "_add", lambda path, mask: None)
+    watch.start()
+    assert not watch._events.works
+    run_folder(tmp_path)
+    wait_for(lambda: [run.folder.id for run in watch.runs()] == ["r1"], "found by polling")
+
+
+def test_a_watch_gives_back_its_descriptors(tmp_path: Path) -> None:
+    before = psutil.Process().num_fds()
+    watch = slow_watch(tmp_path)
+    run_folder(tmp_path)
+    watch.start()
+    assert psutil.Process().num_fds() > before
+    watch.stop()
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_run_json_that_was_not_replaced_is_not_read_again(
+    tmp_path: Path, watch: RunWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand finished runs must not cost a thousand reads every two seconds."""
+    folder = run_folder(tmp_path)
+    watch.start()
+    reads: list[str] = []
+    read_info = RunFolder.read_info
+    monkeypatch.setattr(RunFolder, "read_info", lambda self: (reads.append(self.id), read_info(self))[1])
+    watch._scan()
+    assert reads == []
+    folder.write_info(replace(read_info(folder), model="other"))
+    reads.clear()
+    watch._scan()
+    assert watch.runs()[0].info.model == "other" and len(reads) <= 1

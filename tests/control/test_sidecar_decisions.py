@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import copy
 import json
 import socket
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +19,17 @@ import pytest
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sidecar_face import AT_ONCE, Face
 from sidecar_tools import TOKEN, ago, alert, notification
-from trainer_double import channel_of, run_folder, trainer
+from trainer_double import channel_of, command, run_folder, trainer
 from waiting import wait_for
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.control import idle_connections
-from obsinfra.control import sidecar as sidecar_module
-from obsinfra.control.journal import Journal
-from obsinfra.control.sidecar import ALERT_DECISIONS, Sidecar, SidecarSettings, create_app
+from obsinfra.control import delivery, gate, idle_connections, responder
+from obsinfra.control.journal import CommandEntry, Journal
+from obsinfra.control.responder import ALERT_DECISIONS
 from obsinfra.control.webhook import WebhookAlert
-
-
-class Face:
-    """A sidecar and its HTTP face, without a socket; an exception of the app is raised here."""
-
-    def __init__(self, output_dir: Path, **more: Any) -> None:
-        state = output_dir / ".stack" / "sidecar"
-        self.sidecar = Sidecar(SidecarSettings(output_dir, output_dir / ".stack" / "token", state, **more))
-        self.app = create_app(self.sidecar, TOKEN)
-        self.sidecar.start()
-
-    def ask(self, method: str, path: str, **request: Any) -> httpx.Response:
-        async def asked() -> httpx.Response:
-            async with httpx.AsyncClient(
-                transport=httpx.ASGITransport(self.app), base_url="http://sidecar"
-            ) as client:
-                return await client.request(method, path, **request)
-
-        return asyncio.run(asked())
-
-    def post(self, content: Any, token: str | None = f"Bearer {TOKEN}") -> httpx.Response:
-        if not isinstance(content, (bytes, str)):
-            content = json.dumps(content)
-        return self.ask(
-            "POST", "/webhook", content=content, headers={"authorization": token} if token else {}
-        )
-
-    def decide(self, *alerts: Any) -> dict[str, int]:
-        answer = self.post(notification(*alerts))
-        assert answer.status_code == 200, answer.text
-        decisions: dict[str, int] = answer.json()
-        return decisions
-
-    def webhooks(self, outcome: str) -> float:
-        return self.sidecar.instruments.get(catalog.SIDECAR_WEBHOOKS, outcome=outcome)
-
-    def nothing_done(self) -> bool:
-        return self.sidecar.journal.alerts() == [] and self.sidecar.journal.commands() == []
-
-
-@pytest.fixture
-def face(tmp_path: Path) -> Iterator[Face]:
-    run_folder(tmp_path)
-    face = Face(tmp_path)
-    yield face
-    face.sidecar.stop()
-
-
-@pytest.fixture
-def executed(face: Face, tmp_path: Path) -> Iterator[list[Any]]:
-    with trainer(run_folder(tmp_path)) as executed:
-        yield executed
-
+from obsinfra.errors import CommandError
 
 # ---- decisions ---------------------------------------------------------------------------------------
 
@@ -121,8 +71,8 @@ def test_two_alertmanagers_at_once_cause_one_command(face: Face, executed: list[
 def test_the_same_moment_in_another_time_zone_is_the_same_firing(face: Face, executed: list[Any]) -> None:
     """Alertmanager writes its local time: daylight saving must not make a repetition a new alert."""
     firing = alert(startsAt=ago(seconds=9)[:19] + ".5Z")
-    hour = WebhookAlert.model_validate(firing).startsAt.timestamp() + 3600
-    shifted = sidecar_module.datetime.fromtimestamp(hour, sidecar_module.UTC).isoformat()
+    hour = WebhookAlert.model_validate_json(json.dumps(firing)).startsAt.timestamp() + 3600
+    shifted = datetime.fromtimestamp(hour, UTC).isoformat()
     assert face.decide(firing) == {"accepted": 1}
     assert face.decide({**firing, "startsAt": shifted.replace("+00:00", "+01:00")}) == {"duplicate": 1}
 
@@ -181,7 +131,7 @@ def test_a_run_that_began_after_the_last_scan_is_found(face: Face, tmp_path: Pat
 
 
 def test_dry_run_journals_and_does_nothing(tmp_path: Path) -> None:
-    face = Face(tmp_path, dry_run=True)
+    face = Face(tmp_path, replace(AT_ONCE, dry_run=True))
     try:
         with channel_of(run_folder(tmp_path)) as (channel, _):
             assert face.decide(alert()) == {"dry_run": 1}
@@ -283,7 +233,7 @@ def test_a_nonsensical_length_is_no_error_of_ours(face: Face, length: str) -> No
 def test_a_journal_that_cannot_be_written_is_a_503_and_delivers_nothing(
     face: Face, executed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocker = sqlite3.connect(face.sidecar.settings.state_dir / "journal.sqlite")
+    blocker = sqlite3.connect(face.sidecar.state_dir / "journal.sqlite")
     face.sidecar.journal._database.execute("PRAGMA busy_timeout = 50")
     firing = alert()
     with blocker:
@@ -372,7 +322,7 @@ def served(face: Face) -> Iterator[tuple[str, int]]:
 def test_a_body_that_never_ends_is_a_408_and_others_are_served_meanwhile(
     face: Face, served: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sidecar_module, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 1.0)
     with socket.create_connection(served, timeout=20) as slow:
         slow.sendall(
             f"POST /webhook HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -412,7 +362,7 @@ def test_connections_that_never_ask_are_closed_so_that_alerts_get_through(
 def test_the_journal_survives_being_opened_again(tmp_path: Path, face: Face, executed: list[Any]) -> None:
     face.decide(alert(), alert(action=None))
     wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
-    path = face.sidecar.settings.state_dir / "journal.sqlite"
+    path = face.sidecar.state_dir / "journal.sqlite"
     again = Journal(path)
     assert again.commands() == face.sidecar.journal.commands() and len(again.commands()) == 1
     assert again.alerts() == face.sidecar.journal.alerts() and len(again.alerts()) == 2
@@ -426,3 +376,75 @@ def test_stop_ends_every_thread(tmp_path: Path) -> None:
     assert {thread.name for thread in set(threading.enumerate()) - before} >= {"obsinfra-delivery-0"}
     face.sidecar.stop()
     wait_for(lambda: set(threading.enumerate()) <= before, "its threads have ended")
+
+
+# ---- delivery ------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_cannot_be_reached_for_a_moment_is_tried_again(
+    face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither socket nor inbox can be used, as on a disk that is full for a while."""
+    attempts: list[Any] = []
+    send = delivery.send_command
+
+    def seen(*given: Any, **more: Any) -> Any:
+        try:
+            return send(*given, **more)
+        except CommandError as error:
+            attempts.append(error)
+            raise
+
+    monkeypatch.setattr(delivery, "send_command", seen)
+    folder = run_folder(tmp_path)
+    folder.inbox.rmdir()
+    folder.inbox.write_text("in the way")
+    assert face.decide(alert()) == {"accepted": 1}
+    wait_for(lambda: len(attempts) >= 2, "attempts failed")
+    folder.inbox.unlink()
+    folder.inbox.mkdir(mode=0o700)
+    with trainer(folder) as executed:
+        wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+        assert len(executed) == 1
+    assert face.sidecar.journal.commands()[0].outcome == "done"
+
+
+def test_a_run_that_ends_before_its_command_reached_it_is_not_tried_again(face: Face, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.inbox.rmdir()
+    assert face.decide(alert()) == {"accepted": 1}
+    folder.update_info(state="finished")
+    wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+    assert face.sidecar.journal.commands()[0].outcome == "undelivered"
+    assert (
+        face.sidecar.instruments.get(
+            catalog.SIDECAR_COMMANDS, action="emergency_checkpoint", outcome="undelivered"
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize("door", ["socket", "inbox"])
+def test_a_command_nobody_acknowledges_is_counted_as_such(
+    face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    """The trainer took it and hangs; or it never looks into its inbox."""
+    monkeypatch.setattr(delivery, "LATEST_ACK_SECONDS", 0.2)
+    monkeypatch.setattr(responder, "COMMAND_SECONDS", 0.5)
+    folder = run_folder(tmp_path)
+    with channel_of(folder) if door == "socket" else contextlib.nullcontext():
+        assert face.decide(alert()) == {"accepted": 1}
+        wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+    assert face.sidecar.journal.commands()[0].outcome == "unacknowledged"
+    labels = {"action": "emergency_checkpoint", "outcome": "unacknowledged"}
+    assert face.sidecar.instruments.get(catalog.SIDECAR_COMMANDS, **labels) == 1
+
+
+def test_a_message_the_trainer_cannot_read_is_not_sent_again(face: Face, tmp_path: Path) -> None:
+    garbage = command(id="not an id")
+    with channel_of(run_folder(tmp_path)) as (_, heard):
+        entry = CommandEntry(garbage, "", 0.0, 0.0)
+        face.sidecar.journal.add([], [entry])
+        face.sidecar.deliverer.deliver(entry)
+        wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+        assert face.sidecar.journal.commands()[0].outcome == "rejected" and len(heard.garbage) == 1

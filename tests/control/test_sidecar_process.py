@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from prometheus_client.parser import text_string_to_metric_families
 from sidecar_tools import SidecarProcess, alert, counted, notification, sidecar
 from trainer_double import channel_of, done, run_folder, trainer
@@ -196,12 +203,19 @@ def test_the_heartbeat_comes_with_the_first_question_for_targets_and_goes_with_t
     folder: RunFolder, tmp_path: Path
 ) -> None:
     with sidecar(tmp_path) as process:
-        assert process.client.get("/healthz").json() == {"ok": True, "prometheus_asks": False}
+        assert process.client.get("/healthz").json() == {
+            "ok": True,
+            "prometheus_asks": False,
+            "alertmanager_answers": None,
+        }
         assert not folder.heartbeat.exists()
         answer = process.client.get("/sd")
         assert answer.headers["content-type"] == "application/json"
         assert answer.json() == [
-            {"targets": ["127.0.0.1:9464"], "labels": {"run": "r1", "model": "digits", "rank": "0"}}
+            {
+                "targets": ["127.0.0.1:9464"],
+                "labels": {"run": "r1", "model": "digits", "rank": "0", "host": socket.gethostname()},
+            }
         ]
         assert folder.heartbeat.exists()
         assert process.client.get("/healthz").json()["prometheus_asks"] is True
@@ -291,3 +305,103 @@ def test_a_sidecar_ends_with_what_it_began(folder: RunFolder, tmp_path: Path) ->
         assert process.end() in (0, -signal.SIGTERM)
         assert children == [] and [entry.outcome for entry in journalled(process)] == [None]
         assert channel.take() != []
+
+
+# ---- beyond this machine ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 signed by itself, and its key."""
+    cert, key = tmp_path / ".cert.pem", tmp_path / ".key.pem"
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sidecar")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(private, hashes.SHA256())
+    )
+    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    key.touch(mode=0o600)
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return cert, key
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1"])
+def test_an_address_beyond_this_machine_without_tls_is_refused(tmp_path: Path, host: str) -> None:
+    line = refused(tmp_path, f"--host={host}")
+    assert "without TLS" in line and "--tls-cert and --tls-key" in line
+    assert not (tmp_path / ".stack").exists()
+
+
+def test_in_a_trusted_network_commands_need_the_token_and_discovery_does_not(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    process = SidecarProcess(tmp_path, "--host=0.0.0.0", "--trusted-network")
+    try:
+        process.start()
+        with trainer(folder) as executed:
+            assert process.post(alert()) == {"accepted": 1}
+            wait_for(lambda: executed, "executed")
+        stranger = {"authorization": "Bearer nobody"}
+        for path, status in (("/sd", 200), ("/metrics", 200), ("/v1/runs", 401)):
+            assert process.client.get(path, headers=stranger).status_code == status, path
+        assert process.client.post("/webhook", headers=stranger, content=b"{}").status_code == 401
+        assert process.end() in (0, -signal.SIGTERM)
+    finally:
+        if process.process is not None and process.process.poll() is None:
+            process.end(signal.SIGKILL)
+
+
+def test_half_a_certificate_a_wrong_one_and_an_open_key_are_refused(
+    tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    assert "--tls-cert and --tls-key alone" in refused(tmp_path, f"--tls-cert={cert}")
+    assert "cannot use certificate" in refused(tmp_path, f"--tls-cert={key}", f"--tls-key={key}")
+    assert "cannot use certificate" in refused(tmp_path, f"--tls-cert={cert}", f"--tls-key={tmp_path}/x")
+    key.chmod(0o644)
+    assert "others may read the key" in refused(tmp_path, f"--tls-cert={cert}", f"--tls-key={key}")
+
+
+def test_beyond_this_machine_it_speaks_tls_and_asks_for_the_token(
+    folder: RunFolder, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    process = SidecarProcess(tmp_path, "--host=0.0.0.0", f"--tls-cert={cert}", f"--tls-key={key}")
+    process.client.close()
+    context = ssl.create_default_context(cafile=cert)
+    process.client = httpx.Client(
+        base_url=f"https://127.0.0.1:{process.port}", verify=context, trust_env=False
+    )
+    try:
+        process.start()
+        with trainer(folder) as executed:
+            assert process.post(alert()) == {"accepted": 1}
+            wait_for(lambda: executed, "executed")
+        assert process.client.get("/sd").status_code == 200
+        stranger = {"authorization": "Bearer nobody"}
+        for path in ("/sd", "/metrics", "/v1/runs", "/openapi.json"):
+            assert process.client.get(path, headers=stranger).status_code == 401
+        with httpx.Client(trust_env=False) as plain, pytest.raises(httpx.HTTPError):
+            plain.get(f"http://127.0.0.1:{process.port}/healthz")
+        assert process.end() in (0, -signal.SIGTERM)
+    finally:
+        process.client.close()
+        if process.process is not None and process.process.poll() is None:
+            process.end(signal.SIGKILL)

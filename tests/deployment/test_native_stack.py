@@ -15,10 +15,12 @@ import pytest
 from stack_tools import get_json, needs_stack, processes_naming
 from waiting import wait_for
 
+from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.alerts import ALERTS
 from obsinfra.deployment import native_stack
-from obsinfra.deployment.native_stack import NativeStack, StackInfo, StackUnavailable
+from obsinfra.deployment.native_stack import NativeStack, StackInfo
 from obsinfra.deployment.ports import StackPorts
+from obsinfra.deployment.stack_state import StackUnavailable
 from obsinfra.errors import ConfigError, ObsinfraError, UserError
 
 ANY_PORTS = StackPorts(0, 0, 0)
@@ -48,8 +50,12 @@ def up(stack: NativeStack, runs: Path, **options: object) -> StackInfo:
 def test_up_brings_rules_targets_and_alertmanager_together(stack: NativeStack, runs: Path) -> None:
     info = up(stack, runs)
     groups = get_json(f"{info.prometheus_url}/api/v1/rules")["data"]["groups"]
-    assert [rule["name"] for group in groups for rule in group["rules"]] == [alert.name for alert in ALERTS]
-    assert [group["interval"] for group in groups] == [1]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert [rule["name"] for rule in rules if rule["type"] == "alerting"] == [alert.name for alert in ALERTS]
+    assert {group["name"]: group["interval"] for group in groups} == {
+        "obsinfra": 1,
+        "obsinfra-dashboards": 1,
+    }
     known = wait_for(
         lambda: get_json(f"{info.prometheus_url}/api/v1/alertmanagers")["data"]["activeAlertmanagers"],
         "Prometheus knows its Alertmanager",
@@ -159,7 +165,7 @@ def test_a_taken_port_gives_way_to_the_next_free_one(stack: NativeStack, runs: P
         assert len({taken, info.ports.prometheus, info.ports.sidecar, info.ports.alertmanager}) == 4
         assert info.prometheus_url == f"http://127.0.0.1:{info.ports.prometheus}"
         groups = get_json(f"{info.prometheus_url}/api/v1/rules")["data"]["groups"]
-        assert len(groups) == 1
+        assert [group["name"] for group in groups] == ["obsinfra", "obsinfra-dashboards"]
 
 
 @needs_stack
@@ -200,8 +206,8 @@ def test_up_removes_children_that_a_killed_supervisor_left(
 
 @needs_stack
 def test_a_users_thresholds_reach_prometheus(stack: NativeStack, runs: Path) -> None:
-    info = up(stack, runs, thresholds={"gradient_norm": 7.5})
-    [group] = get_json(f"{info.prometheus_url}/api/v1/rules")["data"]["groups"]
+    info = up(stack, runs, alerts=alert_table({"gradient_norm": 7.5}))
+    [group, _] = get_json(f"{info.prometheus_url}/api/v1/rules")["data"]["groups"]
     queries = {rule["name"]: rule["query"] for rule in group["rules"]}
     assert queries["GradientExplosion"] == "obsinfra_gradient_norm_peak > 7.5"
 

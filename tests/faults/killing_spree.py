@@ -110,7 +110,8 @@ def train(root: Path, progress_path: Path) -> None:
         assert wait_for_heir(root, SECONDS)
         if create_backup_system(root).list():
             training.restore(create_backup_system(root).load().state)
-    checkpointer = create_checkpointer(root, retention=Retention(keep_last=2, keep_emergency=2))
+    retention = Retention(keep_last=2, keep_emergency=2)
+    checkpointer = create_checkpointer(root, retention=retention, compression="auto")  # the random state
     pending: PendingCommit | None = None
 
     def durable(commit: PendingCommit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +53,12 @@ def commit(checkpointer: Checkpointer, step: int) -> None:
     checkpointer.commit("regular", "test").wait(SECONDS)
 
 
+def files_of(root: Path) -> dict[Path, bytes]:
+    """Chunks and manifests; folders of chunks may be left over."""
+    found = [*(root / "objects").rglob("*"), *(root / "manifests").rglob("*")]
+    return {path: path.read_bytes() for path in found if path.is_file()}
+
+
 def steps(folder: Path) -> list[int]:
     backup = create_backup_system(folder / "store")
     assert all(result.problem is None for result in backup.verify())
@@ -94,6 +102,44 @@ def test_a_disk_that_fills_up_during_the_write_leaves_the_store_as_it_was(tmp_pa
             assert steps(disk) == [1, 3]
         finally:
             checkpointer.close()
+
+
+def test_a_disk_full_at_any_point_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ever one block less is free, from room for all of it to none, and nobody looks before writing."""
+    monkeypatch.setattr("obsinfra.backup.store.SPACE_MARGIN_BYTES", -(2**30))
+    small = {name: torch.full((3000,), float(number)) for number, name in enumerate("abcdef")}
+    outcomes = []
+    with mounted(tmp_path, "size=1m") as disk:
+        backup = create_backup_system(disk / "store")
+        backup.save(small, step=1, epoch=0)
+        before = files_of(disk / "store")
+        changed = {name: tensor + 100 for name, tensor in small.items()}
+        # Its chunks take three blocks each, its manifest and new folders a few.
+        for free in range(40, -1, -1):
+            ballast = disk / "ballast"
+            found = os.statvfs(disk)
+            ballast.write_bytes(bytes((found.f_bavail - free) * found.f_frsize))
+            try:
+                backup.save(changed, step=2, epoch=0)
+                outcomes.append("new")
+            except OSError as error:
+                assert error.errno == errno.ENOSPC, free
+                assert files_of(disk / "store") == before, f"{free} blocks free"
+                outcomes.append("old")
+            assert all(result.problem is None for result in backup.verify())
+            loaded = backup.load()
+            expected = changed if outcomes[-1] == "new" else small
+            assert loaded.skipped == () and all(
+                torch.equal(loaded.state[name], expected[name]) for name in small
+            )
+            ballast.unlink()
+            if outcomes[-1] == "new":
+                backup.store.remove(loaded.info.path)
+                backup.store.collect()
+    turning = outcomes.index("old")
+    assert 0 < turning < 40 and set(outcomes[turning:]) == {"old"}
 
 
 def test_where_space_is_short_the_retention_makes_room(disk: Path) -> None:

@@ -17,6 +17,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path: Path, victim: Vic
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_200_kills_lose_nothing_that_was_promised(tmp_path: Path) -> None:
     spree = Spree(tmp_path, seed=2)
     victims: tuple[Victim, ...] = ("trainer", "writer", "trainer", "both")

@@ -37,6 +37,19 @@ for line in sys.stdin:
 """
 
 
+def build_nvml(folder: Path, *flags: str) -> Path:
+    """Compile the stand-in into `folder`, which is made."""
+    source = Path(__file__).parent / "fake_nvml" / "fake_nvml.c"
+    folder.mkdir()
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, "-o", library, source],
+        check=True,
+        timeout=120,
+    )
+    return folder
+
+
 class GpuMachine:
     """GPUs as `fake_nvml.c` tells of them, and one process sampling them.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_machine import GpuMachine
+from gpu_machine import GpuMachine, build_nvml
 
 GIB = 2**30
 NOT_SUPPORTED, NO_PERMISSION, LOST, UNKNOWN = 3, 4, 15, 999
@@ -30,24 +29,12 @@ for _n, _letter in enumerate("abcd"):
     }
 
 
-def build(folder: Path, *flags: str) -> Path:
-    source = Path(__file__).parent / "fake_nvml" / "fake_nvml.c"
-    folder.mkdir()
-    library = folder / "libnvidia-ml.so.1"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, "-o", library, source],
-        check=True,
-        timeout=120,
-    )
-    return folder
-
-
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed, so the NVML stand-in cannot be built (Debian: apt install gcc)")
     base = tmp_path_factory.mktemp("nvml")
-    return {"new": build(base / "new"), "old": build(base / "old", "-DOLD_DRIVER")}
+    return {"new": build_nvml(base / "new"), "old": build_nvml(base / "old", "-DOLD_DRIVER")}
 
 
 Make = Callable[..., GpuMachine]
@@ -71,10 +58,12 @@ def machine(tmp_path: Path, libraries: dict[str, Path]) -> Iterator[Make]:
 def test_every_reading_in_base_units(machine: Make, driver: str) -> None:
     """Percent become ratios, milliwatts watts, megahertz hertz; with today's driver and an old one."""
     values = machine(
-        {"0.ecc.corrected": 7, "0.ecc.uncorrected": 1, "0.reasons": hex(0x4 | 0x40)}, driver
+        {"0.memory.activity": 45, "0.ecc.corrected": 7, "0.ecc.uncorrected": 1, "0.reasons": hex(0x4 | 0x40)},
+        driver,
     ).values()
     assert {key: value for key, value in values.items() if key[1:2] == ("0",)} == {
         ("gpu_utilization_ratio", "0"): 0.1,
+        ("gpu_memory_activity_ratio", "0"): 0.45,
         ("gpu_memory_used_bytes", "0"): 20 * GIB,
         ("gpu_memory_total_bytes", "0"): 80 * GIB,
         ("gpu_memory_ratio", "0"): 0.25,
@@ -95,6 +84,21 @@ def test_every_reading_in_base_units(machine: Make, driver: str) -> None:
     }
     assert values["telemetry_errors", "gpu_sampler"] == 0
     assert [values["gpu_utilization_ratio", str(n)] for n in range(4)] == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_link_errors_are_read_where_the_device_counts_them(machine: Make) -> None:
+    gpus = machine({"0.pcie.replays": 12, "0.nvlink.crc": 3, "0.nvlink.recovery": 2**33, "1.pcie.replays": 0})
+    found = {key: value for key, value in gpus.values().items() if "pcie" in key[0] or "nvlink" in key[0]}
+    assert found == {
+        ("gpu_pcie_replays", "0"): 12,
+        ("gpu_pcie_replays", "1"): 0,
+        ("gpu_nvlink_errors", "0", "crc"): 3,
+        ("gpu_nvlink_errors", "0", "recovery"): 2**33,
+    }
+    gpus.set({"0.nvlink.crc.error": UNKNOWN})
+    values = gpus.values()
+    assert ("gpu_nvlink_errors", "0", "crc") not in values and values["gpu_pcie_replays", "0"] == 12
+    assert values["telemetry_errors", "gpu_sampler"] == 1
 
 
 def test_each_sample_asks_anew(machine: Make) -> None:
@@ -128,8 +132,8 @@ def test_a_reading_that_fails_is_absent_and_the_others_stay(machine: Make, thing
     values = gpus.values()
     gone = {key for key in whole if key not in values}
     names = {
-        "utilization": "gpu_utilization_ratio",
-        "memory": "gpu_memory",
+        "utilization": ("gpu_utilization_ratio", "gpu_memory_activity"),
+        "memory": ("gpu_memory_used", "gpu_memory_total", "gpu_memory_ratio"),
         "temperature": "gpu_temperature",
         "power": "gpu_power",
         "clock.sm": "gpu_clock",

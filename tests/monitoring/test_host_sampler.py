@@ -43,6 +43,7 @@ def test_every_host_metric_of_the_catalogue_is_there(tmp_path: Path) -> None:
         catalog.PROCESS_CPU_RATIO,
         catalog.HOST_MEMORY_USED_BYTES,
         catalog.HOST_MEMORY_TOTAL_BYTES,
+        catalog.HOST_SWAP_USED_BYTES,
         catalog.CGROUP_MEMORY_USED_BYTES,
         catalog.CGROUP_MEMORY_LIMIT_BYTES,
         catalog.MEMORY_PRESSURE_RATIO,

@@ -86,6 +86,7 @@ def test_phases_are_exclusive_and_nested_time_counts_for_the_inner_one(clock: Cl
         "data": 2,
         "checkpoint": 16,
         "validation": 0,
+        "paused": 0,
         "outside_step": 64,
         "rework": 0,
     }
@@ -394,6 +395,42 @@ def test_a_hanging_step_is_the_slowest_while_it_hangs(clock: Clock) -> None:
     assert (recorder.step_time(), recorder.seconds_in_step()) == (40.5, 40.5)
 
 
+def test_the_largest_loss_of_the_window_is_kept(clock: Clock) -> None:
+    recorder = Recorder()
+    recorder.fold()
+    assert recorder.peak_loss() is None
+    for loss in (1.0, 7.5, math.nan, 2.0):
+        take_steps(recorder, clock, 1, 1.0, loss=loss)
+    recorder.fold()
+    assert recorder.peak_loss() == 7.5
+    take_steps(recorder, clock, 1, WINDOW_SECONDS, loss=3.0)
+    recorder.fold()
+    assert recorder.peak_loss() == 3.0
+
+
+def test_time_without_a_step_leaves_validation_out(clock: Clock) -> None:
+    """A validation that takes an hour is no hang; the time before and after it counts."""
+    recorder = Recorder()
+    clock.pass_(100.0)
+    recorder.fold()
+    assert recorder.seconds_since_step() is None  # a first step may compile for long
+    take_steps(recorder, clock, 3, 1.0)
+    recorder.fold()
+    clock.pass_(2.0)
+    assert recorder.seconds_since_step() == 2.0
+    with recorder.phase("validation"):
+        clock.pass_(3600.0)
+        assert recorder.seconds_since_step() == 2.0
+    clock.pass_(5.0)
+    recorder.fold()
+    assert recorder.seconds_since_step() == 7.0
+    with recorder.step_context():
+        clock.pass_(50.0)
+        assert recorder.seconds_since_step() == 57.0  # a step that hangs ends nothing
+    recorder.fold()
+    assert recorder.seconds_since_step() == 0.0
+
+
 def test_the_mean_loss_is_of_the_finite_ones_since_the_last_look(clock: Clock) -> None:
     recorder = Recorder()
     assert recorder.take_mean_loss() is None
@@ -402,6 +439,20 @@ def test_the_mean_loss_is_of_the_finite_ones_since_the_last_look(clock: Clock) -
     recorder.fold()
     assert recorder.take_mean_loss() == 3.0
     assert recorder.take_mean_loss() is None
+
+
+def test_the_largest_norm_is_of_those_since_the_last_look(clock: Clock) -> None:
+    recorder = Recorder()
+    assert recorder.take_peak_grad_norm() is None
+    for norm in (1.0, 7.0, math.nan, 2.0):
+        take_steps(recorder, clock, 1, TICK, grad_norm=norm)
+    recorder.fold()
+    assert recorder.take_peak_grad_norm() == 7.0
+    assert recorder.take_peak_grad_norm() is None
+    take_steps(recorder, clock, 1, TICK, grad_norm=3.0)
+    recorder.fold()
+    assert recorder.take_peak_grad_norm() == 3.0
+    assert recorder.peak_grad_norm() == 7.0, "over the window, as the alerts have it"
 
 
 # ---- traced steps --------------------------------------------------------------------------------

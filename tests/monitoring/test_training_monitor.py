@@ -31,6 +31,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.cgroup import memory_limit
 from obsinfra.monitoring.gpu_sampler import create_gpu_sampler
+from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMetrics, TrainingMonitor
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -134,6 +135,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingMonito
 # ---- a live scrape -------------------------------------------------------------------------------
 
 REMOTE = [metric for metric in catalog.METRICS if metric.name.startswith("obsinfra_checkpoint_remote_")]
+DATA = [metric for metric in catalog.METRICS if metric.name.startswith("obsinfra_data_")]
+OPTIMIZER = ("oom_", "micro_batch_", "memory_guard_", "memory_exhaustion_", "growing_tensor_", "gc_")
+MEMORY = [m for m in catalog.METRICS if m.name.removeprefix("obsinfra_").startswith(OPTIMIZER)]
+FAST = ("compile_", "scaler_", "model_flops_", "mfu_", "hfu_", "gpu_watch_", "bottleneck", "inference_")
+SPEED = [m for m in catalog.METRICS if m.name.removeprefix("obsinfra_").startswith(FAST)]
+SPEED.remove(catalog.INFERENCE_LATENCY_SECONDS)  # a monitor's own
+GROUP = [metric for metric in catalog.METRICS if metric.name.startswith("obsinfra_group_")]
 
 FED_ELSEWHERE = {
     catalog.LOSS_SCALE: "the trainer, with a gradient scaler",
@@ -141,8 +149,15 @@ FED_ELSEWHERE = {
     catalog.SNAPSHOT_SECONDS: "whoever takes snapshots",
     catalog.CHECKPOINT_WRITER_RESTARTS: "whoever has a writer process",
     catalog.CONTROL_GARBAGE: "the control channel",
+    catalog.CONTROL_ACTION_SECONDS: "whoever executes commands",
     catalog.CHECKPOINT_PROMISE_SECONDS: "whoever commits checkpoints",
     **dict.fromkeys(REMOTE, "whoever has a remote copy"),
+    **dict.fromkeys(DATA, "a data loader, as a source"),
+    **dict.fromkeys(MEMORY, "the memory optimiser"),
+    **dict.fromkeys(GROUP, "a run on several ranks"),
+    **dict.fromkeys(SPEED, "the GPU optimiser"),
+    catalog.ETA_SECONDS: "whoever knows how many steps an epoch has",
+    catalog.STEPS_PLANNED: "likewise",
 }
 """What a monitor alone has no source for; its instruments carry it when those report it."""
 
@@ -185,18 +200,40 @@ def test_every_metric_of_the_catalogue_is_on_a_live_scrape(watched: TrainingMoni
     assert [problem for problem in problems if problem] == []
 
 
+class Loader:
+    """Says 3 of everything."""
+
+    def telemetry(self) -> list[Sample]:
+        return [Sample(metric, dict.fromkeys(metric.labels, "hit"), 3.0) for metric in DATA]
+
+
 def test_what_others_report_is_on_the_scrape_too() -> None:
     monitor = TrainingMonitor("m", metrics_port=0)
+    loaders = [Loader(), Loader()]
+    for loader in [*loaders, *loaders]:  # a source that comes twice counts once
+        monitor.add_source(loader.telemetry)
     with monitor:
         monitor.recorder.loss_scale = 1024.0
         monitor.instruments.set(catalog.BEST_METRIC, 0.25)
         monitor.instruments.observe(catalog.SNAPSHOT_SECONDS, 0.25)
         monitor.instruments.add(catalog.CONTROL_GARBAGE, door="inbox")
+        monitor.instruments.observe(catalog.CONTROL_ACTION_SECONDS, 0.1, action="profile")
         monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS)
         monitor.instruments.set(catalog.CHECKPOINT_PROMISE_SECONDS, 300.0)
-        for remote in REMOTE:
-            (monitor.instruments.add if remote.kind == "counter" else monitor.instruments.set)(remote, 1.0)
+        for metric in [*REMOTE, *MEMORY, *SPEED, *GROUP]:
+            report = monitor.instruments.add if metric.kind == "counter" else monitor.instruments.set
+            report(metric, 1.0, **dict.fromkeys(metric.labels, "any"))
+        monitor.epochs, monitor.steps_per_epoch = 2, 1000
+        monitor.set_state("running")
+        with monitor.step():
+            pass
         families = {family.name for family in parse_text(scrape(monitor))}
+        values = {sample.metric: sample.value for sample in monitor.samples()}
+        assert [values[metric] for metric in DATA] == [6.0] * len(DATA)
+        loaders.pop()
+        del loader
+        values = {sample.metric: sample.value for sample in monitor.samples()}
+        assert [values[metric] for metric in DATA] == [3.0] * len(DATA)
     assert families >= {metric.name for metric in FED_ELSEWHERE}
 
 
@@ -287,7 +324,7 @@ def test_counters_exist_before_their_first_event() -> None:
 
 def test_an_alert_that_fires_for_two_devices_is_one_series() -> None:
     """The same series twice would make Prometheus refuse the scrape."""
-    hot = next(alert for alert in alert_catalog.ALERTS if alert.metric.labels == ("device",))
+    hot = alert_catalog.BY_NAME["HighGPUTemperature"]
     monitor = TrainingMonitor("m", metrics_port=0, sample_seconds=3600)
     with monitor:
         monitor.alerts = [
@@ -515,3 +552,67 @@ def test_thresholds_can_be_overridden() -> None:
             lambda: "GradientExplosion" in {status.alert.name for status in monitor.alerts},
             "the alert at the lower threshold",
         )
+
+
+@pytest.mark.parametrize("values", [{"grad_norm": 1e6}, {"loss": math.inf}, {"grad_norm": math.nan}])
+def test_what_must_not_wait_is_judged_before_the_next_round(values: dict[str, float]) -> None:
+    """The next round of housekeeping is an hour away; an explosion or a NaN is heard of at once."""
+    heard: list[set[str]] = []
+    monitor = TrainingMonitor(
+        "m",
+        metrics_port=0,
+        sample_seconds=3600,
+        after_alerts=lambda alerts: heard.append({status.alert.name for status in alerts}),
+    )
+    with monitor:
+        for _ in range(5):
+            with monitor.step():
+                monitor.record(loss=1.0, grad_norm=2.0)
+        assert heard == []
+        with monitor.step():
+            monitor.record(**values)
+        wait_for(lambda: heard, "an evaluation out of turn")
+    assert heard[0] & {"GradientExplosion", "NonFiniteLoss"}
+
+
+def test_a_loop_in_constant_alarm_is_not_evaluated_at_every_step() -> None:
+    evaluations: list[int] = []
+    monitor = TrainingMonitor(
+        "m", metrics_port=0, sample_seconds=3600, after_alerts=lambda alerts: evaluations.append(1)
+    )
+    steps = 0
+    with monitor:
+        while len(evaluations) < 3:
+            with monitor.step():
+                monitor.record(grad_norm=1e6)
+            steps += 1
+    assert steps > 30 * len(evaluations)
+
+
+def test_constant_alarm_keeps_no_sample_from_being_taken() -> None:
+    monitor = TrainingMonitor("m", metrics_port=0, sample_seconds=0.05)
+    with monitor:
+
+        def sampled() -> bool:
+            with monitor.step():
+                monitor.record(grad_norm=1e6)
+            return "obsinfra_host_memory_total_bytes" in scrape(monitor)
+
+        wait_for(sampled, "a sample of the host while every step raises the alarm")
+
+
+def test_a_threshold_of_the_alerts_table_can_be_changed_and_comes_back() -> None:
+    monitor = TrainingMonitor("m", metrics_port=0, alerts={"gradient_norm": {"threshold": 50}})
+    assert monitor.set_threshold("gradient_norm", 7.0) == (50.0, 7.0)
+    assert monitor.set_threshold("gradient_norm", None) == (7.0, 50.0)
+    with pytest.raises(ConfigError, match="threshold gradient_norm = nan; expected a finite number"):
+        monitor.set_threshold("gradient_norm", math.nan)
+
+
+def test_another_threshold_moves_the_alarm_too() -> None:
+    monitor = TrainingMonitor("m", metrics_port=0, thresholds={"gradient_norm": 5.0})
+    assert monitor.recorder.alarm_norm == 5.0
+    monitor.set_threshold("gradient_norm", 7.0)
+    assert monitor.recorder.alarm_norm == 7.0
+    waiting = TrainingMonitor("m", metrics_port=0, alerts={"gradient_norm": {"for_seconds": 30}})
+    assert waiting.recorder.alarm_norm == math.inf

@@ -87,6 +87,10 @@ def test_every_metric_about_checkpoints_is_fed(tmp_path: Path) -> None:
                 assert run.checkpoint() is not None
             elif number == 3:  # the remote is down, then its mirror is killed
                 wait_for(lambda: len(list(place.glob("manifests/*"))) == 2, "the remote has the second")
+                wait_for(
+                    lambda: not list((run.folder.checkpoints / "outbox").rglob("*.json")),
+                    "and the mirror has noted it",
+                )
                 place.rename(place.with_name("aside"))
                 place.write_text("down")
             elif number == 4:

@@ -8,14 +8,24 @@ import signal
 import stat
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
 from obsinfra.errors import ConfigError, RunBusyError
-from obsinfra.run.files import write_atomic
-from obsinfra.run.folder import RunFolder, RunInfo, check_run_id, find_run, new_run_id, scan_runs
+from obsinfra.run.files import write_atomic, write_json_atomic
+from obsinfra.run.folder import (
+    FRESH_SECONDS,
+    RunFolder,
+    RunInfo,
+    check_run_id,
+    find_run,
+    new_run_id,
+    scan_runs,
+)
 from obsinfra.run.process import ProcessId
 
 HOLDER = r"""
@@ -88,14 +98,40 @@ def test_the_same_process_cannot_lock_a_run_twice(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_process_is_gone_is_dead_and_a_recycled_pid_does_not_revive_it(tmp_path: Path) -> None:
-    me = ProcessId.current()
+    me, folder = ProcessId.current(), RunFolder(tmp_path / "r")
     info = RunInfo("r", "m", state="running", processes={"0": {"pid": me.pid, "created": me.created}})
-    assert info.present_state() == "running"
+    assert folder.present_state(info) == "running"
     recycled = RunInfo(
         "r", "m", state="running", processes={"0": {"pid": me.pid, "created": me.created - 99}}
     )
-    assert recycled.present_state() == "dead"
-    assert RunInfo("r", "m", state="finished").present_state() == "finished"
+    assert folder.present_state(recycled) == "dead"
+    assert folder.present_state(RunInfo("r", "m", state="finished")) == "finished"
+
+
+def test_a_run_of_another_host_or_container_lives_while_it_is_locked_or_its_progress_is_fresh(
+    tmp_path: Path,
+) -> None:
+    """Its pids mean nothing here: they are of another namespace."""
+    me = ProcessId.current()
+    folder = RunFolder(tmp_path / "r")
+    folder.create()
+    info = RunInfo("r", "m", "running", host="elsewhere", processes={"0": asdict(me)})
+    assert folder.present_state(info) == "dead"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline()
+        assert folder.present_state(info) == "running"
+        with pytest.raises(RunBusyError):  # to ask whether it is locked takes nothing away from its holder
+            folder.lock()
+    finally:
+        holder.communicate()
+    assert folder.present_state(info) == "dead"
+    folder.write_progress(7, 0)
+    assert folder.present_state(info) == "running"
+    write_json_atomic(folder.progress_json, {"step": 7, "at": time.time() - FRESH_SECONDS - 1})
+    assert folder.present_state(info) == "dead"
 
 
 def test_run_json_survives_unknown_fields_and_names_what_is_unreadable(tmp_path: Path) -> None:

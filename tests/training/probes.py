@@ -1,8 +1,9 @@
 """Workloads for tests, run by the real CLI as `probes:<factory>`: the built-in ones, steered from inside.
 
 PROBE_LOSSES names a file that gets the exact loss of every micro-batch, PROBE_AT=N:EVENT makes EVENT happen
-during the Nth micro-batch of the process: a signal by its name, `stop` through the CLI, `out_of_memory`,
-or `wait`, which leaves a file PROBE_MARK and waits for it to go away.
+during the Nth micro-batch of the process: a signal by its name, `stop`, `checkpoint` or `rollback` through
+the CLI, `out_of_memory`, or `wait`, which leaves a file PROBE_MARK and waits for it to go away. Several are
+separated by commas.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Probe:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self._count = 0
-        self._at, _, self._event = os.environ.get("PROBE_AT", "0:").partition(":")
+        events = (event.split(":") for event in os.environ.get("PROBE_AT", "0:").split(","))
+        self._events = {int(at): event for at, event in events}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -42,16 +44,16 @@ class Probe:
         if losses := os.environ.get("PROBE_LOSSES"):
             with open(losses, "a") as file:
                 file.write(f"{output.loss.item().hex()}\n")
-        if self._count == int(self._at):
-            happen(self._event)
+        if self._count in self._events:
+            happen(self._events[self._count])
         return output
 
 
 def happen(event: str) -> None:
     """Make an event come about, in the middle of a step."""
-    if event == "stop":
+    if event in ("stop", "checkpoint", "rollback"):
         run, output = os.environ["PROBE_RUN"], os.environ["PROBE_OUTPUT"]
-        arguments = ["signal", run, "stop", "--no-wait", "--output-dir", output]
+        arguments = ["command", run, event, "--no-wait", "--output-dir", output]
         subprocess.run([sys.executable, "-m", "obsinfra.cli.main", *arguments], check=True)
     elif event == "out_of_memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")

@@ -54,7 +54,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--learning-rate=nan"], ["learning_rate = 'nan'", "finite"]),
         (["--epochs=0"], ["epochs = '0'", "greater than or equal to 1"]),
         (["--epochs=ten"], ["epochs = 'ten'", "integer"]),
-        (["--inject=melt@3"], ["melt@3", "explode, nan, hang, error"]),
+        (["--inject=melt@3"], ["melt@3", "explode, nan, slow, leak, hang, error"]),
         (["--device=cuda:99"], ["cuda:99", "--device auto"]),
         (["--device=toaster"], ["toaster", "auto, cpu, cuda"]),
         (["--gradient-checkpointing"], ["DigitNet", "drop --gradient-checkpointing"]),

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import enum
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small_workload import Regression, trainer
 from torch import nn
+from torch.utils.data import TensorDataset
+from training_runs import cli
 
+from obsinfra.backup.backup_system import create_backup_system
+from obsinfra.catalog import metrics
+from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError
 from obsinfra.optimization import precision as precision_module
-from obsinfra.optimization.compilation import checkpoint_activations, compile_model
+from obsinfra.optimization.activation_checkpointing import checkpoint_activations
+from obsinfra.optimization.gpu_optimizer import create_gpu_optimizer
 from obsinfra.optimization.precision import choose_device, choose_precision
-from obsinfra.workloads.byte_gpt import SIZES, ByteGPT
+from obsinfra.training.trainer import Trainer
+from obsinfra.workloads.byte_gpt import SIZES, ByteGPT, ByteGPTWorkload
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -42,6 +54,41 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(ConfigError, match=message):
         choose_device(wanted)
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "message"),
+    [
+        ([0, 5], 2, r"device ids \[0, 5\]; expected ids of CUDA devices of this machine \(0 … 1\)"),
+        ([-1], 2, r"device ids \[-1\]"),
+        ([], 2, r"device ids \[\]"),
+        ([0, 0], 2, "each device once"),
+        ([0], 0, "none: no CUDA device here"),
+    ],
+)
+def test_device_ids_that_do_not_exist_or_repeat_are_refused(
+    monkeypatch: pytest.MonkeyPatch, ids: list[int], count: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ConfigError, match=message):
+        create_gpu_optimizer(ids)
+
+
+def test_devices_of_several_architectures_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H100 80GB HBM3", (9, 0))]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device.index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device.index][1])
+    with pytest.raises(ConfigError, match=r"cuda:0: NVIDIA A100-SXM4-80GB \(8.0\), cuda:1: NVIDIA H100"):
+        create_gpu_optimizer([0, 1])
+    assert create_gpu_optimizer([1], mixed_precision=False).device == torch.device("cuda:1")
+
+
+def test_one_choice_of_device_is_enough() -> None:
+    with pytest.raises(ConfigError, match="beside another choice of device"):
+        create_gpu_optimizer([0], device="cpu")
+    with pytest.raises(ConfigError, match="precision 'int4'; expected one of auto, fp32"):
+        create_gpu_optimizer(device="cpu", mixed_precision="int4")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +141,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 def test_activation_checkpointing_gives_the_same_loss_and_gradients_and_computes_blocks_twice() -> None:
     plain, saving = small_gpt(), small_gpt()
-    assert checkpoint_activations(saving) == 4
+    assert checkpoint_activations(saving).recomputed == (0, 1, 2, 3)
     assert saving.state_dict().keys() == plain.state_dict().keys()
     passes = []
     for block in saving.blocks:
@@ -119,19 +166,114 @@ def test_a_copy_of_a_checkpointed_model_is_a_model_of_its_own() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters left out, each storage once."""
+    mine = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of(model)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_every_second_block_saves_about_half_of_what_every_block_saves() -> None:
+    plain, half, whole = small_gpt(), small_gpt(), small_gpt()
+    assert checkpoint_activations(half, every=2).recomputed == (0, 2)
+    checkpoint_activations(whole)
+    saved = kept_bytes(plain) - kept_bytes(whole)
+    assert 0.4 * saved < kept_bytes(plain) - kept_bytes(half) < 0.6 * saved
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.45])
+def test_a_memory_budget_recomputes_no_more_blocks_than_it_must(share: float) -> None:
+    model = small_gpt()
+    whole = kept_bytes(model)
+    made = checkpoint_activations(model, budget_bytes=int(share * whole), loss=loss_of)
+    assert made.whole_bytes == pytest.approx(whole, rel=0.05) and made.kept_bytes is not None
+    assert kept_bytes(model) == pytest.approx(made.kept_bytes, rel=0.05)
+    assert made.kept_bytes <= share * made.whole_bytes
+    if made.recomputed:
+        block = (made.whole_bytes - made.kept_bytes) / len(made.recomputed)
+        assert made.kept_bytes + block > share * whole
+    assert (len(made.recomputed) == 0) == (share == 1.0)
+
+
+def test_a_budget_below_what_recomputing_everything_keeps_is_refused_with_what_is_possible() -> None:
+    with pytest.raises(ConfigError, match=r"budget of 0 MB; expected at least \d+ MB.*--batch-size"):
+        checkpoint_activations(small_gpt(), budget_bytes=1000, loss=loss_of)
+
+
+def gpt_trainer(tmp_path: Path, **settings: Any) -> Trainer:
+    text = tmp_path / "text"
+    if not text.exists():
+        text.mkdir()
+        for number, source in enumerate((Path(copy.__file__), Path(ast.__file__), Path(enum.__file__))):
+            (text / f"{number}.py").write_bytes(source.read_bytes())
+    usual: dict[str, Any] = {
+        "model_name": "byte_gpt", "output_dir": tmp_path / "runs", "disable_monitoring": True,
+        "disable_backups": True, "device": "cpu", "precision": "fp32", "max_steps": 2, "micro_batch": 4,
+    }  # fmt: skip
+    workload = ByteGPTWorkload(str(text), "nano")
+    return Trainer(workload, Settings(**{**usual, **settings}))
+
+
+def test_a_training_keeps_its_activations_below_a_budget_and_learns_the_same(tmp_path: Path) -> None:
+    plain = gpt_trainer(tmp_path)
+    saving = gpt_trainer(tmp_path, activation_budget_mb=10)
+    made = saving.gpu.checkpointing["byte_gpt"]
+    assert made.whole_bytes is not None and made.kept_bytes is not None
+    assert made.kept_bytes <= 10e6 < made.whole_bytes and 0 < len(made.recomputed) < made.blocks
+    for training in (plain, saving):
+        training.fit()
+    for mine, theirs in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ConfigError, match=r"budget of 1 MB; expected at least"):
+        gpt_trainer(tmp_path, activation_budget_mb=1)
+
+
+class Large(Regression):
+    """Targets so large that the scaled gradients do not fit into 16 bits at first."""
+
+    name = "large"
+
+    def __init__(self) -> None:
+        super().__init__()
+        inputs, targets = self.data.tensors
+        self.data = TensorDataset(inputs, targets * 1000)
+
+
+def test_steps_left_out_under_fp16_are_counted_and_exported(tmp_path: Path) -> None:
+    training = trainer(tmp_path, Large(), precision="fp16", epochs=8)
+    with training.observe() as run:
+        training.train(run)
+        shown = {sample.metric: sample.value for sample in run.monitor.samples() if not sample.labels}
+    skipped = training.gpu.skipped_steps
+    assert 0 < skipped < 32
+    assert shown[metrics.SCALER_SKIPPED_STEPS] == skipped
+    assert shown[metrics.LOSS_SCALE] == 2.0**16 / 2**skipped
+    assert training.schedule.state_dict()["step"] == 32 - skipped
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_ends_a_run_that_asked_for_it_and_no_other(tmp_path: Path) -> None:
+    """There is no C++ compiler, so that nothing can be compiled for a CPU."""
+    where = {"PATH": str(tmp_path), "CXX": "missing-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
+    common = ("train", "--model-name=digits", "--max-steps=3", "--metrics-port=0", "--disable-testing")
+    refused = cli(*common, f"--output-dir={tmp_path / 'runs'}", "--compile=on", "--run=r", env=where)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+    said = " ".join(refused.stderr.split())
+    assert "cannot be compiled" in said and "--compile off, or auto" in said
+    left = create_backup_system(tmp_path / "runs" / "r" / "checkpoints").verify()
+    assert [found for found in left if found.problem] == []  # step 0 as a whole, nothing by halves
+    assert cli(*common, f"--output-dir={tmp_path / 'runs'}", env=where).returncode == 0
+
+
 def test_a_model_without_a_list_of_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="gradient checkpointing of Linear"):
         checkpoint_activations(nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "compiled"),
-    [("on", CPU, True), ("off", CUDA, False), ("auto", CPU, False), ("auto", CUDA, True)],
-)
-def test_compilation_is_on_where_asked_for_or_where_it_pays(
-    wanted: str, device: torch.device, compiled: bool
-) -> None:
-    model = nn.Linear(1, 1)
-    assert compile_model(model, wanted, device) is model
-    assert (model._compiled_call_impl is not None) == compiled
-    assert list(model.state_dict()) == ["weight", "bias"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from training_runs import Training, end, environment, kill_group
+from training_runs import Training, cli, end, environment, kill_group
 from waiting import wait_for
 
 from obsinfra.control.client import send_command
@@ -51,6 +53,66 @@ def test_checkpoint_emergency_checkpoint_and_stop_are_obeyed_between_two_steps(
     assert [str(manifest.path) for manifest in found] == [(ack.result or {})["checkpoint"] for ack in acks]
     assert [manifest.step for manifest in found] == [ack.step for ack in acks]
     assert {(ack.result or {})["from"] for ack in acks} == {"live state"}
+
+
+@pytest.mark.slow
+def test_every_action_can_be_typed_and_tells_what_it_did(
+    live: tuple[Training, subprocess.Popen[str]],
+) -> None:
+    run, process = live
+
+    def typed(*words: str, code: int = 0) -> str:
+        done = cli("command", "live", *words, "--output-dir", run.output, env={"COLUMNS": "300"})
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    def told(*words: str) -> dict[str, Any]:
+        ack = json.loads(typed(*words, "--json"))
+        assert ack["state"] == "done" and ack["result"]["seconds"] >= 0
+        return dict(ack["result"])
+
+    step = told("checkpoint")["step"]
+    assert "pause done at step" in typed("pause", "max_seconds=600")
+    assert run.state() == ("paused", "cli: by hand")
+    listed = cli("status", "live", "--output-dir", run.output).stdout
+    assert "paused (cli: by hand)" in listed and "page" in listed
+    assert "live paused" in " ".join(cli("runs", "--output-dir", run.output).stdout.split())
+    assert told("dump_stacks", "native=no")["loop_in"] == "paused"
+    assert told("resume")["was_paused"] is True
+    profile = told("profile", "steps=3", "top=5")
+    assert all(Path(profile[name]).stat().st_size > 100 for name in ("trace", "summary", "summary_json"))
+    assert Path(told("memory_snapshot")["report"]).parent == run.folder.root / "reports"
+    assert told("free_memory")["before_bytes"]["resident"] > 0
+    scaled = told("scale_lr", "factor=0.5")
+    assert scaled["after"] == [rate / 2 for rate in scaled["before"]]
+    assert told("scale_lr", "undo=true")["after"] == pytest.approx(scaled["before"], rel=1e-3)
+    assert told("set_log_level", "level=warning")["before"] == "info"
+    assert told("set_log_level", "level=info")["before"] == "warning"
+    assert told("set_threshold", "key=cpu", "value=99.5")["after"] == 99.5
+    assert told("rollback")["to_step"] == step
+    assert told("emergency_checkpoint")["from"] == "live state"
+
+    assert "expected a whole number from 1 to 1000" in typed("profile", "steps=many", code=2)
+    assert "unknown argument 'depth' of profile" in typed("profile", "depth=3", code=2)
+    assert "expected key=value" in typed("profile", "5", code=2)
+    assert "no checkpoint 'nonsense'" in typed("rollback", "checkpoint=nonsense", code=1)
+    told("stop")
+    assert end(process)[0] == 0
+    outcomes = [(event["action"], event["outcome"]) for event in run.events("system", "command")]
+    # All but the one that raised the level above that of such a line.
+    assert outcomes.count(("rollback", "failed")) == 1 and len(outcomes) == 15
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_while_paused_is_dead_and_resumes_running(
+    live: tuple[Training, subprocess.Popen[str]],
+) -> None:
+    run, process = live
+    assert tell(run, "checkpoint").state == tell(run, "pause").state == "done"
+    kill_group(process)
+    assert run.folder.present_state(run.folder.read_info()) == "dead"
+    assert run.run("--max-steps=1", resume="live").returncode == 0
+    assert run.state()[0] == "stopped"
 
 
 @pytest.mark.slow

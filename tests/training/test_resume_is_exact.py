@@ -92,6 +92,21 @@ def test_max_steps_then_a_signal_then_a_command_change_nothing(
     assert_same(run.newest(), whole.newest())
 
 
+@pytest.mark.parametrize("case", ["tactical_mappo", "byte_gpt", "digits", "workers"])
+def test_a_rollback_is_as_exact_as_a_resume(
+    case: str, reference: Reference, flags_of: Callable[[str], tuple[str, ...]], tmp_path: Path
+) -> None:
+    """In the same process, with loaders, compiled model and all: within an epoch, and into an earlier one."""
+    whole = reference(case)
+    steps = len(whole.losses())
+    for name, checkpoint, back in (("within", 3, 7), ("before", 5, steps // 2 + 3)):
+        run = Training(tmp_path / "runs", name, (*flags_of(case), "--checkpoint-epochs=0"))
+        done = run.run(at=f"{checkpoint}:checkpoint,{back}:rollback")
+        assert done.returncode == 0, done.stderr
+        assert run.losses() == whole.losses()[:back] + whole.losses()[checkpoint:]
+        assert_same(run.newest(), whole.newest())
+
+
 @pytest.mark.parametrize(("case", "at"), [("accumulate", 10), ("workers", 30), ("plateau", 100), ("fp16", 9)])
 def test_a_signal_changes_nothing(
     case: str, at: int, reference: Reference, flags_of: Callable[[str], tuple[str, ...]], tmp_path: Path
@@ -111,7 +126,7 @@ def test_sigkill_costs_the_steps_since_the_last_snapshot_and_nothing_else(
     whole, run = reference("digits"), Training(tmp_path / "runs", "cut", DIGITS)
     # A checkpoint at every boundary, as an interval that has always passed makes it.
     assert run.run("--checkpoint-seconds=0.000001", at="30:SIGKILL").returncode == -9
-    assert run.folder.read_info().present_state() == "dead"
+    assert run.folder.present_state(run.folder.read_info()) == "dead"
     assert wait_for_heir(run.folder.checkpoints, 60)  # the writer commits what the trainer copied last
     saved = run.newest().info.step
     assert 0 < saved <= 30

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from obsinfra.errors import DataError
-from obsinfra.workloads.batches import MapBatches, derived_seed
+from obsinfra.optimization.data_order import derived_seed
+from obsinfra.workloads.batches import MapBatches
 from obsinfra.workloads.protocol import Batches
 
 
@@ -229,3 +230,47 @@ def test_a_data_set_without_a_length_is_a_programming_error() -> None:
 
     with pytest.raises(TypeError, match="__len__"):
         MapBatches(Endless(), batch_size=1, seed=0, kind="endless")
+
+
+@given(
+    samples=st.integers(1, 60),
+    batch_size=st.integers(1, 13),
+    ranks=st.integers(1, 5),
+    seed=st.integers(0, 3),
+    drop_last=st.booleans(),
+)
+def test_ranks_divide_each_batch_without_overlap_or_loss(
+    samples: int, batch_size: int, ranks: int, seed: int, drop_last: bool
+) -> None:
+    """The parts put together are the batch of one process, and each sample counts alike in the mean."""
+    options = {"samples": samples, "batch_size": batch_size, "seed": seed, "drop_last": drop_last}
+    whole = [batch.tolist() for batch in batches(**options)]
+    divided = [batches(**options) for _ in range(ranks)]
+    for rank, part in enumerate(divided):
+        part.divide(rank, ranks)
+    for batch, *portions in zip(whole, *divided, strict=True):
+        if ranks == 1:
+            assert [portion.tolist() for portion in portions] == [batch]
+            continue
+        used = [portion for portion in portions if portion.rows]
+        assert [sample for portion in used for sample in portion.batch.tolist()] == batch
+        assert all(portion.rows == len(portion.batch) for portion in used)
+        assert all(portion.of == len(batch) for portion in portions)
+        assert all(len(portion.batch) == 1 for portion in portions if not portion.rows)
+
+
+def test_a_position_is_the_same_for_any_number_of_ranks() -> None:
+    """Saved on two ranks, taken up by three: the next batch is the next batch."""
+    whole = batches(20, 5)
+    before = iter(whole)
+    next(before)
+    two = batches(20, 5)
+    two.divide(0, 2)
+    next(iter(two))
+    assert two.state_dict() == whole.state_dict()
+    three = [batches(20, 5) for _ in range(3)]
+    for rank, part in enumerate(three):
+        part.divide(rank, 3)
+        part.load_state_dict(two.state_dict())
+    found = [sample for part in three for sample in next(iter(part)).batch.tolist()]
+    assert found == next(before).tolist()

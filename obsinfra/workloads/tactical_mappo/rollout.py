@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from obsinfra.errors import DataError
-from obsinfra.workloads.batches import derived_seed
+from obsinfra.optimization.data_order import derived_seed
 from obsinfra.workloads.tactical_mappo.environment import AGENTS, Accounts, MarketReplay, replaced
 from obsinfra.workloads.tactical_mappo.ppo import generalised_advantages, log_probabilities
 

@@ -11,7 +11,7 @@
 #include <string.h>
 
 typedef int nvmlReturn_t;
-enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_FOUND = 6, TIMEOUT = 10 };
+enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TIMEOUT = 10 };
 
 #define DEVICES 16
 typedef struct { int index; } device_t;
@@ -133,7 +133,7 @@ nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t device, char *uuid, unsigned size) {
 
 nvmlReturn_t nvmlDeviceGetUtilizationRates(nvmlDevice_t device, rates_t *rates) {
     rates->gpu = (unsigned)reading(device, "utilization");
-    rates->memory = 0;
+    rates->memory = (unsigned)reading(device, "memory.activity");
     return failure(device, "utilization");
 }
 
@@ -184,6 +184,43 @@ nvmlReturn_t nvmlDeviceGetTotalEccErrors(nvmlDevice_t device, int type, int coun
     if (counter != 0) return INVALID_ARGUMENT; /* volatile */
     *count = reading(device, thing);
     return failure(device, thing);
+}
+
+/* A GPU without the reading does not support it: PCIe replays and the totals over NVLink's links. */
+static nvmlReturn_t supported(nvmlDevice_t device, const char *thing, unsigned long long *count) {
+    char key[128], value[64];
+    snprintf(key, sizeof key, "%d.%s", device->index, thing);
+    if (!lookup(key, value, sizeof value)) return NOT_SUPPORTED;
+    *count = strtoull(value, NULL, 0);
+    return failure(device, thing);
+}
+
+nvmlReturn_t nvmlDeviceGetPcieReplayCounter(nvmlDevice_t device, unsigned *count) {
+    unsigned long long found = 0;
+    nvmlReturn_t error = supported(device, "pcie.replays", &found);
+    *count = (unsigned)found;
+    return error;
+}
+
+typedef struct {
+    unsigned field, scope;
+    long long timestamp, latency;
+    int type;
+    nvmlReturn_t error;
+    unsigned long long value;
+} field_t;
+
+nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, field_t *fields) {
+    for (int index = 0; index < count; index++) {
+        field_t *field = &fields[index];
+        const char *thing = field->field == 38   ? "nvlink.crc"
+                            : field->field == 52 ? "nvlink.replay"
+                            : field->field == 59 ? "nvlink.recovery"
+                                                 : "nvlink.other";
+        field->type = 3; /* unsigned long long */
+        field->error = supported(device, thing, &field->value);
+    }
+    return failure(device, "fields");
 }
 
 nvmlReturn_t nvmlEventSetCreate(event_set_t **set) {

@@ -1,0 +1,106 @@
+"""The user's changes of the alert table: `[thresholds]` and `[alerts]` of the settings, checked and applied.
+
+Settings, monitor and generators get the table they work with from here. Knows the table, no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+from obsinfra.catalog.actions import ACTIONS
+from obsinfra.catalog.alerts import ALERTS, BY_KEY, Alert, Severity
+from obsinfra.catalog.conditions import window_of, with_window
+from obsinfra.errors import ConfigError
+
+
+def alert_table(
+    thresholds: Mapping[str, float] | None = None, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[Alert, ...]:
+    """The table with the user's settings applied, what they disabled left out.
+
+    Args:
+        thresholds: `[thresholds]`: key → value in that alert's `threshold_unit`.
+        changes: `[alerts.<key>]`: key → field → value, for `CHANGEABLE` fields.
+
+    Raises:
+        ConfigError: an unknown key or field, or a value that does not fit; names it, and what would.
+    """
+    table = dict(BY_KEY)
+    for key, value in (thresholds or {}).items():
+        table[key] = _changed(_row(table, key, "thresholds"), "threshold", value, "[thresholds]")
+    for key, fields in (changes or {}).items():
+        where = f"[alerts.{key}]"
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"alerts.{key} = {fields!r}", f"a table {where}", "write it as a table")
+        for field, value in fields.items():
+            table[key] = _changed(_row(table, key, "alerts"), field, value, where)
+    return tuple(alert for alert in table.values() if alert.enabled)
+
+
+def _row(table: Mapping[str, Alert], key: str, where: str) -> Alert:
+    if key not in table:
+        what = "threshold" if where == "thresholds" else "alert"
+        raise ConfigError(
+            f"unknown {what} {key!r}", f"one of {', '.join(BY_KEY)}", f"correct it under [{where}]"
+        )
+    return table[key]
+
+
+def _changed(alert: Alert, field: str, value: Any, where: str) -> Alert:
+    if field not in CHANGEABLE:
+        raise ConfigError(
+            f"unknown field {field!r} under {where}",
+            f"one of {', '.join(CHANGEABLE)}",
+            f"correct it under {where}",
+        )
+    try:
+        return CHANGEABLE[field](alert, value)
+    except ValueError as error:
+        name = f"{alert.key}" if where == "[thresholds]" else f"{alert.key}.{field}"
+        what = "threshold" if where == "[thresholds]" else "alert"
+        raise ConfigError(f"{what} {name} = {value}", str(error), f"correct it under {where}") from None
+
+
+def _number(value: Any, least: float = -math.inf) -> float:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < least:
+        raise ValueError("a finite number" if least == -math.inf else f"a number of at least {least:g}")
+    return float(value)
+
+
+def _one_of(value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"one of {', '.join(allowed)}")
+    return value
+
+
+def _with_window(alert: Alert, value: Any) -> Alert:
+    if not window_of(alert.condition):
+        keys = ", ".join(alert.key for alert in ALERTS if window_of(alert.condition))
+        raise ValueError(f"no window here: this alert looks at the present; with a window: {keys}")
+    return replace(alert, condition=with_window(alert.condition, _number(value, 1.0)))
+
+
+def _with_action(alert: Alert, value: Any) -> Alert:
+    name = _one_of(value, ("none", *ACTIONS))
+    return replace(alert, action=None if name == "none" else ACTIONS[name])
+
+
+def _enabled(alert: Alert, value: Any) -> Alert:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return replace(alert, enabled=value)
+
+
+CHANGEABLE: dict[str, Callable[[Alert, Any], Alert]] = {
+    "threshold": lambda alert, value: replace(alert, threshold=_number(value)),
+    "for_seconds": lambda alert, value: replace(alert, for_seconds=_number(value, 0.0)),
+    "window_seconds": _with_window,
+    "severity": lambda alert, value: replace(alert, severity=_one_of(value, get_args(Severity))),
+    "action": _with_action,
+    "enabled": _enabled,
+}
+"""Fields a user may set under `[alerts.<key>]`, and what setting one does."""

@@ -1,0 +1,518 @@
+"""`create_memory_efficient_dataloader`: batches of any data set, resumed exactly in the middle of an epoch.
+
+torchdata's StatefulDataLoader loads them; the order, the position and what is skipped are kept here. Works
+alone, and under `obsinfra.observe`, which asks for its state and shows its metrics.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from obsinfra.catalog import metrics as catalog
+from obsinfra.errors import DataError, DataWorkerError
+from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.monitoring.sample import Sample
+from obsinfra.optimization.data_order import derived_seed, ignore_trainer_signals, trainer_signals_held
+from obsinfra.optimization.datasets.block_cache import CacheUse
+from obsinfra.optimization.datasets.skipping import CorruptRecord, SkipLedger
+from obsinfra.optimization.delivered_batches import (
+    Ask,
+    Collate,
+    IndexedSource,
+    StreamSource,
+    batch_bytes,
+    random_states_kept,
+)
+from obsinfra.optimization.loading_plan import LoadingPlan, Wishes, plan_loading, usable_processors
+from obsinfra.optimization.reclaimable import PREFETCH_ORDER, register_reclaimable
+
+
+def create_memory_efficient_dataloader(
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    collate: Collate | None = None,
+    random_records: bool = False,
+    num_workers: int | None = None,
+    prefetch: int | None = None,
+    pin_memory: bool | None = None,
+    device: str | torch.device = "cpu",
+    step_seconds: float | None = None,
+    measure_seconds: float = 2.0,
+    max_memory_percent: float = 85.0,
+    max_skipped: int = 1000,
+    corrupt_errors: tuple[type[Exception], ...] = (CorruptRecord,),
+    timeout_seconds: float = 0.0,
+) -> MemoryEfficientDataLoader:
+    """Batches of `dataset`, an epoch per `iter()`, with `state_dict` and `load_state_dict`.
+
+    Args:
+        dataset: map-style (`__len__` and `__getitem__`; `take` or `__getitems__` for whole batches) or an
+            `IterableDataset`.
+        batch_size: records per batch; a batch of which some were skipped is smaller.
+        shuffle: another order every epoch, by (seed, epoch). Map-style only; a stream shuffles itself.
+        seed: of the order and of `random_records`.
+        drop_last: leave out a last batch that would be smaller.
+        collate: makes a batch of a list of records; None: the data set's own, else torch's.
+        random_records: the data set draws from torch, NumPy or `random` (augmentation): each batch is seeded
+            by (seed, epoch, place), so that a resume draws the same. Map-style only.
+        num_workers, prefetch, pin_memory: None: measured, see docs/data.md.
+        device: where batches will go; pinned memory is for CUDA devices.
+        step_seconds: time your loop computes per batch, if you know it.
+        measure_seconds: most time to spend on measuring, about.
+        max_memory_percent: of the memory limit (cgroup or host), within which workers and prefetch must fit.
+        max_skipped: most corrupt records to leave out in one epoch.
+        corrupt_errors: what the data set raises for a record to be skipped.
+        timeout_seconds: longest wait for a batch from workers; 0: as long as they live.
+
+    Raises:
+        DataError: torchdata is missing, an argument makes no sense, or the data set is empty.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("prefetch", prefetch, 1),
+        ("max_skipped", max_skipped, 0),
+        ("timeout_seconds", timeout_seconds, 0),
+    ):
+        if value is not None and value < least:
+            raise DataError(f"{name} {value}", f"{least} or more")
+    if not 0 < max_memory_percent <= 100:
+        raise DataError(f"max_memory_percent {max_memory_percent}", "above 0, up to 100")
+    try:
+        import torchdata.stateful_dataloader  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            "the data loader needs torchdata", "the extra `data`", "pip install 'obsinfra[data]'"
+        ) from error
+    streams = isinstance(dataset, IterableDataset)
+    if streams and (shuffle or random_records):
+        raise DataError(
+            f"shuffle={shuffle}, random_records={random_records} of a stream",
+            "a data set with records by index",
+            "let the stream shuffle itself (ParquetRows(…, shuffle=True))",
+        )
+    if not streams:
+        if not isinstance(dataset, Sized):
+            raise DataError(f"a {type(dataset).__name__} without __len__", "a data set with it, or a stream")
+        if len(dataset) < (batch_size if drop_last else 1):
+            raise DataError(f"{len(dataset)} records give no batch of {batch_size}", "one batch or more")
+    sized = not streams or hasattr(dataset, "shard_rows")
+    return (_Sized if sized else MemoryEfficientDataLoader)(
+        dataset,
+        batch_size,
+        order=_Order(batch_size, shuffle, seed, drop_last, random_records),
+        collate=collate,
+        wishes=Wishes(
+            workers=num_workers,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+            device=torch.device(device),
+            step_seconds=step_seconds,
+            measure_seconds=measure_seconds,
+            max_memory_percent=max_memory_percent,
+            most_workers=_most_workers(dataset, streams),
+            measurable=not isinstance(dataset, Iterator),
+        ),
+        ledger=SkipLedger(max_skipped),
+        corrupt_errors=corrupt_errors,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+class MemoryEfficientDataLoader:
+    """Made by `create_memory_efficient_dataloader`; iterate it.
+
+    Attributes:
+        dataset, batch_size: as given.
+        ledger: what was skipped.
+        epoch: the epoch under way, or the next one.
+        phase: `data`.
+    """
+
+    phase = "data"
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        order: _Order,
+        collate: Collate | None,
+        wishes: Wishes,
+        ledger: SkipLedger,
+        corrupt_errors: tuple[type[Exception], ...],
+        timeout_seconds: float,
+    ) -> None:
+        self.dataset, self.batch_size, self.ledger = dataset, batch_size, ledger
+        self.epoch = 0
+        self._streams = isinstance(dataset, IterableDataset)
+        self._source: Any = (
+            StreamSource(dataset, batch_size, order.drop_last, collate)
+            if self._streams
+            else IndexedSource(dataset, collate, corrupt_errors)
+        )
+        self._order, self._wishes, self._timeout_seconds = order, wishes, timeout_seconds
+        self._plan: LoadingPlan | None = None
+        self._delivered = 0
+        self._stream_state: dict[str, Any] | None = None
+        self._continue = False
+        self._prefetch_given_up = False
+        self._batch_bytes = 0
+        name = type(dataset).__name__
+        register_reclaimable(f"prefetched batches of {name}", PREFETCH_ORDER, self.reclaim_prefetch)
+
+    @property
+    def plan(self) -> LoadingPlan:
+        """Workers, prefetch and pinned memory, measured at the first use."""
+        if self._plan is None:
+            self._set_epoch()
+            with random_states_kept():
+                self._plan = plan_loading(self._trial, self._wishes)
+            if self._plan.workers and hasattr(self.dataset, "forget"):
+                self.dataset.forget()  # what measuring has left in this process's cache, workers cannot use
+            get_logger("performance").info(
+                "data_loading_planned",
+                workers=self._plan.workers,
+                prefetch=self._plan.prefetch,
+                pin_memory=self._plan.pin_memory,
+                batch_bytes=self._plan.batch_bytes,
+                reason=self._plan.reason,
+            )
+        return self._plan
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes."""
+        return self.plan.workers
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._continue and self._delivered:
+            self._finish_epoch()
+        self._continue = False
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        engine = self._start()
+        try:
+            while True:
+                if self._prefetch_given_up:
+                    self._prefetch_given_up = False
+                    engine.close()
+                    engine = self._start()
+                try:
+                    delivery = next(engine)
+                except StopIteration:
+                    break
+                if delivery.error is not None:
+                    raise delivery.error
+                self._delivered += 1
+                if self._streams:
+                    self._stream_state = engine.state_dict()
+                self.ledger.note(delivery.skipped)
+                if delivery.batch is not None:
+                    self._batch_bytes = self._batch_bytes or batch_bytes(delivery.batch)
+                    yield delivery.batch
+        except RuntimeError as error:  # torch raises it wherever this thread is when a worker dies
+            engine.explain(error)
+            raise
+        finally:
+            engine.close()
+        self._finish_epoch()
+
+    def _finish_epoch(self) -> None:
+        self.epoch += 1
+        self._delivered = 0
+        self._stream_state = None
+        self.ledger.in_epoch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch: epoch, batches, skips; of a stream each worker's own too."""
+        return {
+            **self._identity(),
+            "epoch": self.epoch,
+            "delivered": self._delivered,
+            "skipped": self.ledger.in_epoch,
+            "workers": self._plan.workers if self._plan is not None else None,
+            "stream": self._stream_state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there at the next `iter()`.
+
+        The order of a stream depends on the number of workers, so a stream goes on with as many as it had.
+        Records by index may be loaded by any number.
+
+        Raises:
+            DataError: it is of another data set, batch size, seed or order, or of a stream with another
+                number of workers than asked for.
+        """
+        for name, mine in self._identity().items():
+            if name not in state or state[name] != mine:
+                raise DataError(
+                    f"the saved data position has {name} {state.get(name)!r}, this loader {mine!r}",
+                    "the data and settings the run was started with",
+                    "resume with the same data, or start a new run",
+                )
+        self.epoch, self._delivered = int(state["epoch"]), int(state["delivered"])
+        self.ledger.in_epoch = int(state["skipped"])
+        self._stream_state = state["stream"]
+        if self._stream_state is not None and state["workers"] != self._planned_workers():
+            if self._wishes.workers is not None:
+                raise DataError(
+                    f"a stream that was read by {state['workers']} workers and is to go on with "
+                    f"{self._wishes.workers}",
+                    "the same number within an epoch",
+                    f"num_workers={state['workers']}, or None",
+                )
+            workers = int(state["workers"])
+            prefetch = self._wishes.prefetch or 2
+            pin = bool(self._wishes.pin_memory)
+            self._plan = LoadingPlan(workers, prefetch if workers else 0, pin, reason="as when it was saved")
+        self._continue = True
+
+    def _planned_workers(self) -> int | None:
+        return self._plan.workers if self._plan is not None else self._wishes.workers
+
+    def _identity(self) -> dict[str, Any]:
+        known = not self._streams or hasattr(self.dataset, "rows")
+        records = (self.dataset.rows if self._streams else len(self.dataset)) if known else None
+        return {"kind": type(self.dataset).__name__, "records": records, **self._order.identity()}
+
+    # ---- memory and metrics --------------------------------------------------------------------
+
+    def reclaim_prefetch(self) -> int:
+        """Load only one batch ahead per worker from the next batch on; from any thread.
+
+        Returns:
+            Bytes that batches beyond that take when all are loaded; 0 where it is so already.
+        """
+        plan = self._plan
+        if plan is None or plan.prefetch < 2:
+            return 0
+        self._plan = LoadingPlan(
+            plan.workers, 1, plan.pin_memory, plan.batch_bytes, "memory ran short", plan.measured
+        )
+        self._prefetch_given_up = True
+        return (plan.prefetch - 1) * plan.workers * (plan.batch_bytes or self._batch_bytes)
+
+    def telemetry(self) -> list[Sample]:
+        """Values of this loader's metrics now; `ObservedRun.steps` has them exported."""
+        found = [
+            Sample(catalog.DATA_RECORDS_SKIPPED, {}, self.ledger.total),
+            Sample(catalog.DATA_LOADER_WORKERS, {}, self._plan.workers if self._plan is not None else 0),
+        ]
+        use = self.cache_use()
+        if use is not None:
+            found += [
+                Sample(catalog.DATA_CACHE_BYTES, {}, use.bytes),
+                Sample(catalog.DATA_CACHE_LOOKUPS, {"outcome": "hit"}, use.hits),
+                Sample(catalog.DATA_CACHE_LOOKUPS, {"outcome": "miss"}, use.misses),
+            ]
+        return found
+
+    def cache_use(self) -> CacheUse | None:
+        """What the data set's cache did, in all processes; None where it has none."""
+        use = getattr(self.dataset, "cache_use", None)
+        return use() if use is not None else None
+
+    # ---- the engine ----------------------------------------------------------------------------
+
+    def _set_epoch(self) -> None:
+        set_epoch = getattr(self.dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
+
+    def _start(self) -> _Engine:
+        """Loading from the present position."""
+        plan = self.plan
+        self._set_epoch()
+        return self._engine(plan.workers, plan.prefetch, plan.pin_memory, self._delivered, self._stream_state)
+
+    def _trial(self, workers: int, prefetch: int, pin_memory: bool) -> _Trial:
+        return _Trial(self._engine(workers, prefetch, pin_memory, 0, None))
+
+    def _engine(
+        self, workers: int, prefetch: int, pin_memory: bool, delivered: int, state: dict[str, Any] | None
+    ) -> _Engine:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        sampler = None if self._streams else self._order.asks(len(self.dataset), self.epoch, delivered)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital")  # torch's news for torchdata
+            loader = StatefulDataLoader(
+                self._source,
+                batch_size=None,
+                sampler=sampler,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                collate_fn=_as_is,
+                pin_memory=pin_memory,
+                worker_init_fn=ignore_trainer_signals if workers else None,
+                generator=torch.Generator().manual_seed(
+                    derived_seed(self._order.seed, "workers", self.epoch)
+                ),
+                timeout=self._timeout_seconds if workers else 0,
+                snapshot_every_n_steps=1 if self._streams else None,
+            )
+        if state is not None:
+            loader.load_state_dict(state)
+        return _Engine(loader, getattr(self.dataset, "workers_ended", None))
+
+
+class _Sized(MemoryEfficientDataLoader):
+    """With a known number of batches."""
+
+    def __len__(self) -> int:
+        """Batches of the epoch under way, as many as there are when none is skipped."""
+        if not self._streams:
+            return self._order.batches(len(self.dataset))
+        return sum(self._order.batches(rows) for rows in self.dataset.shard_rows(self.num_workers))
+
+
+class _Order:
+    """Which records make which batch; a function of (seed, epoch)."""
+
+    def __init__(
+        self, batch_size: int, shuffle: bool, seed: int, drop_last: bool, random_records: bool
+    ) -> None:
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.drop_last, self.random_records = drop_last, random_records
+
+    def identity(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def batches(self, records: int) -> int:
+        return records // self.batch_size if self.drop_last else -(-records // self.batch_size)
+
+    def asks(self, records: int, epoch: int, first: int) -> _Asks:
+        """Batches of the epoch from the `first` on."""
+        order = None
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+            order = torch.randperm(records, generator=generator)
+        return _Asks(self, order, records, epoch, first)
+
+
+class _Asks:
+    def __init__(
+        self, order: _Order, permutation: torch.Tensor | None, records: int, epoch: int, first: int
+    ) -> None:
+        self._order, self._permutation, self._records = order, permutation, records
+        self._epoch, self._first = epoch, first
+
+    def __len__(self) -> int:
+        return self._order.batches(self._records) - self._first
+
+    def __iter__(self) -> Iterator[Ask]:
+        size, order = self._order.batch_size, self._order
+        for number in range(self._first, order.batches(self._records)):
+            begin, stop = number * size, min((number + 1) * size, self._records)
+            chosen = self._permutation
+            indices = list(range(begin, stop)) if chosen is None else chosen[begin:stop].tolist()
+            seed = derived_seed(order.seed, "batch", self._epoch, number) if order.random_records else None
+            yield Ask(indices, seed)
+
+
+class _Engine:
+    """One pass of torchdata's loader, with its workers' death made plain."""
+
+    def __init__(self, loader: Any, workers_ended: Any) -> None:
+        self._workers_ended = workers_ended
+        self._iterator: Any
+        if loader.num_workers:
+            with trainer_signals_held():
+                self._iterator = iter(loader)
+        else:
+            self._iterator = iter(loader)
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise what torch says about its workers with what became of them; nothing for other errors."""
+        dead = self._dead()
+        if dead:
+            raise DataWorkerError(
+                f"data loader worker {', '.join(dead)}",
+                "workers that live until the epoch's end",
+                "if memory ran out (see `dmesg`), use fewer workers, a smaller prefetch or batch; "
+                "num_workers=0 shows what a worker runs into",
+            ) from error
+        if "timed out" in str(error):
+            raise DataWorkerError(
+                f"no batch from the data loader's workers: {error}",
+                "one within timeout_seconds",
+                "find out what the data set waits for with num_workers=0, or raise it",
+            ) from error
+
+    def _dead(self) -> list[str]:
+        found = []
+        for worker in getattr(self._iterator, "_workers", []):
+            worker.join(timeout=0.1)
+            if worker.exitcode:
+                how = f"exited with {worker.exitcode}"
+                if worker.exitcode < 0:
+                    number = -worker.exitcode
+                    known = number in signal.valid_signals()
+                    how = f"was killed by {signal.Signals(number).name if known else f'signal {number}'}"
+                found.append(f"{worker.pid} {how}")
+        return found
+
+    def worker_pids(self) -> list[int]:
+        return [worker.pid for worker in getattr(self._iterator, "_workers", [])]
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._iterator.state_dict()
+        return state
+
+    def close(self) -> None:
+        """End the workers; may be called twice."""
+        iterator, self._iterator = self._iterator, None
+        workers = getattr(iterator, "_workers", [])
+        if workers:
+            iterator._shutdown_workers()
+            for worker in workers:
+                if worker.is_alive():  # stuck in the data set, and deaf to SIGTERM
+                    worker.kill()
+                    worker.join()
+            if self._workers_ended is not None:
+                self._workers_ended()
+
+
+class _Trial:
+    """An engine's batches alone, for the plan."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+        self.worker_pids, self.close = engine.worker_pids, engine.close
+
+    def __next__(self) -> Any:
+        while True:
+            delivery = next(self._engine)
+            if delivery.error is not None:
+                raise delivery.error
+            if delivery.batch is not None:
+                return delivery.batch
+
+
+def _most_workers(dataset: Any, streams: bool) -> int:
+    """How many could be of use. A stream that we do not know may give every worker the same records."""
+    return usable_processors() if not streams or hasattr(dataset, "shard_rows") else 1
+
+
+def _as_is(delivery: Any) -> Any:
+    return delivery

@@ -1,0 +1,303 @@
+"""How a model trains on the ranks of a run: wrapping it, dividing its data, agreeing on what was validated.
+
+`Trainer` asks it and never the ranks themselves. `OneProcess` is the null object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+import obsinfra
+from obsinfra.config.settings import Settings
+from obsinfra.errors import ConfigError, RanksDifferError
+from obsinfra.observation.ranks import Launch, Ranks
+from obsinfra.workloads.protocol import Batches, Workload
+
+POWERSGD_RANK = 4
+POWERSGD_WHOLE_STEPS = 10
+
+RANKS_OWN = frozenset({"inject", "metrics_host", "metrics_port", "device", "run", "resume", "threads"})
+"""Settings that may differ between the ranks of a run."""
+
+
+class Parallelism(Protocol):
+    """What the trainer needs to know of the other ranks.
+
+    Attributes:
+        ranks: the processes themselves.
+    """
+
+    ranks: Ranks
+
+    def device_name(self, settings: Settings) -> str:
+        """The device setting for this rank."""
+        ...
+
+    def divide(self, batches: Batches, workload: str) -> Batches:
+        """This rank's part of the data."""
+        ...
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as it is called in training; called once all that can fail on one rank alone is done."""
+        ...
+
+    def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
+        """The batches of a step, and what their mean counts for in the mean over the ranks: 1 where all parts
+        are equal."""
+        ...
+
+    def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+        """Around a forward and backward pass; gradients are exchanged in the last one of a step alone."""
+        ...
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        """Clip the gradients by their norm over all parameters; the norm before, the same everywhere."""
+        ...
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether this rank has a part of the model only."""
+        ...
+
+    def agreed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Validation metrics as rank 0 has them, so that all ranks decide alike."""
+        ...
+
+
+class OneProcess:
+    """Nothing to wrap, divide or agree on."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def device_name(self, settings: Settings) -> str:
+        return settings.device
+
+    def divide(self, batches: Batches, workload: str) -> Batches:
+        return batches
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
+        return list(batches), 1.0
+
+    def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        return clip_grad_norm_(parameters, limit)
+
+    in_shards = False
+
+    def agreed(self, values: Mapping[str, float]) -> dict[str, float]:
+        return dict(values)
+
+
+class DataParallel:
+    """DistributedDataParallel over all ranks; every rank has the whole model and a part of each batch.
+
+    Args:
+        ranks: the group; torch's process group is there.
+        compression: of gradients, see `Settings.gradient_compression`.
+    """
+
+    def __init__(self, ranks: Ranks, compression: str = "off") -> None:
+        self.ranks, self._compression = ranks, compression
+
+    def device_name(self, settings: Settings) -> str:
+        """`auto` and `cuda` mean the GPU of this rank's number on its host."""
+        launch, gpus = Launch.from_environment(), torch.cuda.is_available() and not settings.disable_gpu
+        if launch is None or settings.device not in ("auto", "cuda") or not gpus:
+            return settings.device
+        return f"cuda:{launch.local_rank}"
+
+    def divide(self, batches: Batches, workload: str) -> Batches:
+        """Each global batch in contiguous parts as equal as can be.
+
+        Raises:
+            ConfigError: its data cannot be divided, or a batch has fewer samples than there are ranks.
+        """
+        divide = getattr(batches, "divide", None)
+        if divide is None:
+            raise ConfigError(
+                f"the data of {workload} cannot be divided among {self.ranks.size} ranks",
+                "a workload whose batches have divide(rank, size), such as byte_gpt or digits",
+                "train it in one process",
+            )
+        size = getattr(batches, "batch_size", self.ranks.size)
+        if size < self.ranks.size:
+            raise ConfigError(
+                f"{self.ranks.size} ranks for batches of {size} samples",
+                "at least one sample for each rank",
+                "choose a larger --batch-size, which counts the samples of all ranks, or fewer ranks",
+            )
+        divide(self.ranks.rank, self.ranks.size)
+        return batches
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """DDP; the gradients are averaged while backward still runs."""
+        device = next(model.parameters()).device
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=self._compression != "powersgd",  # whose hook fails on them
+        )
+        if self._compression == "bf16" and device.type != "cuda":
+            raise ConfigError(
+                f"--gradient-compression bf16 on {device.type}",
+                "GPUs: torch's hook is made for them",
+                "take fp16",
+            )
+        if self._compression != "off":
+            wrapped.register_comm_hook(*_compressing(self._compression))
+        return wrapped
+
+    def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
+        """Parts as they are; an empty one is left out unless there is nothing else."""
+        rows, of = sum(part.rows for part in batches), sum(part.of for part in batches)
+        used = [part.batch for part in batches if part.rows] or [batches[0].batch]
+        return used, rows * self.ranks.size / of
+
+    def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+        """DDP's `no_sync` but for the last."""
+        if now:
+            return nullcontext()
+        assert isinstance(model, DistributedDataParallel)
+        waiting: AbstractContextManager[None] = model.no_sync()
+        return waiting
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        """Every rank has all gradients."""
+        return clip_grad_norm_(parameters, limit)
+
+    @property
+    def in_shards(self) -> bool:
+        """No."""
+        return False
+
+    def agreed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """One small broadcast per validation."""
+        names = sorted(values)
+        numbers = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        dist.broadcast(numbers, 0)
+        return dict(zip(names, numbers.tolist(), strict=True))
+
+
+def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
+    """How the ranks of a run train together.
+
+    Args:
+        settings: with `oom_recovery` on, a rank that runs out of memory in a step must not take the others
+            with it; see also `Settings.parallel` and `Settings.gradient_compression`.
+
+    Raises:
+        ConfigError: what is asked for does not go together.
+    """
+    compression = settings.gradient_compression
+    if ranks.alone:
+        if settings.parallel == "fsdp":
+            raise ConfigError(
+                "--parallel fsdp in one process",
+                "several ranks to divide the model among",
+                "start with --nproc-per-node 2 or more, or train with --parallel auto",
+            )
+        return OneProcess(ranks)
+    if settings.parallel == "fsdp":
+        from obsinfra.training.fully_sharded import FullySharded
+
+        return FullySharded(ranks, settings)
+    if settings.oom_recovery == "on":
+        if compression != "off":
+            raise ConfigError(
+                f"--gradient-compression {compression} with --oom-recovery on",
+                "one or the other: recovery exchanges gradients itself, after the passes",
+                "drop one of them",
+            )
+        from obsinfra.training.late_exchange import LateDataParallel
+
+        return LateDataParallel(ranks)
+    return DataParallel(ranks, compression)
+
+
+def _compressing(how: str) -> tuple[Any, Callable[..., Any]]:
+    """State and hook of torch's own gradient compression."""
+    if how == "bf16":
+        return None, default_hooks.bf16_compress_hook
+    if how == "fp16":
+        return None, default_hooks.fp16_compress_hook
+    # Vogels et al. 2019, arXiv 1905.13727. Gradients travel whole for the first steps, in which they change
+    # most. Its error feedback is not in checkpoints: a resumed run begins with none.
+    state = powerSGD_hook.PowerSGDState(
+        dist.group.WORLD, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=POWERSGD_WHOLE_STEPS
+    )
+    return state, powerSGD_hook.powerSGD_hook
+
+
+def check_alike(ranks: Ranks, settings: Settings, workload: Workload, model: nn.Module) -> None:
+    """Whether all ranks have the same code, data, settings and model. Each says what is different.
+
+    Raises:
+        RanksDifferError: they have not, on every rank.
+        PeerLostError: a rank failed before.
+    """
+    if ranks.alone:
+        return
+    mine = _fingerprint(settings, workload, model)
+    all_of_them = ranks.gather("fingerprint", mine)
+    for name in mine:
+        values = [json.dumps(one[name], sort_keys=True) for one in all_of_them]
+        odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise RanksDifferError(
+                f"rank {odd} has another {name} than rank 0: {_difference(all_of_them, name, odd)}",
+                f"the same {name} on every rank",
+                "bring the same code, data and settings to every host",
+            )
+
+
+def _difference(found: list[Any], name: str, odd: int) -> str:
+    first, other = found[0][name], found[odd][name]
+    if isinstance(first, dict) and isinstance(other, dict):
+        keys = [key for key in sorted({*first, *other}) if first.get(key) != other.get(key)]
+        return "; ".join(f"{key} {other.get(key)!r}, not {first.get(key)!r}" for key in keys[:3])[:600]
+    return f"{other!r}, not {first!r}"[:600]
+
+
+def _fingerprint(settings: Settings, workload: Workload, model: nn.Module) -> dict[str, Any]:
+    shapes = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+    own = settings.model_dump(mode="json", exclude=set(RANKS_OWN))
+    return {
+        "version": {"torch": torch.__version__, "python": list(sys.version_info[:2])},
+        "code": {"obsinfra": _sources(Path(obsinfra.__file__).parent), "workload": _source(workload)},
+        "settings": own,
+        "data": json.loads(json.dumps(workload.describe_data(), default=str)),
+        "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+    }
+
+
+def _sources(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _source(workload: Workload) -> str:
+    file = inspect.getsourcefile(type(workload))
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else "unknown"

@@ -1,0 +1,123 @@
+"""Every alert that a trainer can judge alone, played what Prometheus is tested with: the same states."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import pytest
+
+from obsinfra.alerting.evaluator import AlertEvaluator
+from obsinfra.alerting.judges import POINTS, create_judge
+from obsinfra.alerting.rule_tests import Scene, pace_of, scenes_of
+from obsinfra.catalog import metrics
+from obsinfra.catalog.alert_changes import alert_table
+from obsinfra.catalog.alerts import ALERTS, BY_NAME, Alert
+
+ALONE = [alert for alert in ALERTS if alert.in_process]
+PLAYED = [(alert, scene) for alert in ALONE for scene in scenes_of(alert)]
+
+Reading = tuple[str, Mapping[str, str], float]
+
+
+def read_at(scene: Scene, sample: int) -> list[Reading]:
+    """What a trainer would show at that sample: without the labels that are the same for all it shows."""
+    found = []
+    for selector, values in scene.series.items():
+        name, _, labels = selector.partition("{")
+        value = values[sample] if sample < len(values) else None
+        if value is not None:
+            own = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            found.append(
+                (name, {key: text for key, text in own.items() if key not in metrics.RUN_LABELS}, value)
+            )
+    return found
+
+
+@pytest.mark.parametrize(("alert", "scene"), PLAYED, ids=[f"{a.name}-{s.what}" for a, s in PLAYED])
+def test_the_evaluator_passes_prometheus_own_tests(alert: Alert, scene: Scene) -> None:
+    sample, said = 0, {}
+    evaluator = AlertEvaluator(
+        [alert], lambda: read_at(scene, sample), clock=lambda: 1e9 + sample * pace_of(alert)
+    )
+    for sample in range(max(scene.states) + 1):
+        said[sample] = [status.state for status in evaluator.evaluate()]
+    for at, wanted in sorted(scene.states.items()):
+        if wanted == "quiet":
+            assert "firing" not in said[at], f"at sample {at}"
+        else:
+            assert said[at] == ([] if wanted is None else [wanted]), f"at sample {at}"
+
+
+def test_which_alerts_need_prometheus() -> None:
+    """Those about other processes and about peers; everything a trainer measures itself it can judge."""
+    needing = {alert.name for alert in ALERTS if not alert.in_process}
+    assert needing == {
+        "AlertmanagerConfigBroken", "AlertmanagerGone", "DeliveryFailing", "NotificationsFailing",
+        "HostDown", "PrometheusConfigBroken", "PrometheusDroppingAlerts", "PrometheusRuleFailures",
+        "PrometheusWithoutAlertmanager", "SidecarGone", "SidecarJournalFailing", "StragglerRank",
+        "TrainerGone", "TrainerUnreachable", "Watchdog",
+    }  # fmt: skip
+    for name in needing:
+        with pytest.raises(ValueError, match=f"{name} needs Prometheus"):
+            create_judge(BY_NAME[name])
+
+
+def test_trends_keep_a_bounded_history() -> None:
+    """A reading every second for two days keeps no more points than a trend is drawn through."""
+    judge = create_judge(BY_NAME["MemoryCreep"])
+    for second in range(0, 2 * 86_400, 7):
+        series = {"obsinfra_process_resident_memory_bytes": [((), {}, 1e9 + 1e6 * second)]}
+        found = list(judge.judge(1e9 + second, series))
+    [points] = judge._windows._points.values()  # type: ignore[attr-defined]
+    assert len(points) <= POINTS + 2
+    [(_, slope, crossed)] = found
+    assert slope == pytest.approx(1e6) and crossed
+
+
+def test_a_series_that_went_away_is_forgotten() -> None:
+    judge = create_judge(BY_NAME["MemoryCreep"])
+    name = "obsinfra_process_resident_memory_bytes"
+    for second in range(0, 3000, 10):
+        list(judge.judge(second, {name: [((), {}, 1e9 + 1e6 * second)]}))
+    assert [crossed for *_, crossed in judge.judge(3000, {name: [((), {}, 4e9)]})] == [True]
+    assert list(judge.judge(3010, {})) == []
+    assert [key for key, *_ in judge.judge(3400, {name: [((), {}, 4e9)]})] == [()]  # the window holds points
+    assert list(judge.judge(6000, {})) == []
+    assert list(judge.judge(6010, {name: [((), {}, 4e9)]})) == []  # as new: too young to judge
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_what_is_no_number_fires_nothing(value: float) -> None:
+    """NaN and minus infinity are beyond no `>` threshold, in no kind of condition."""
+    for alert in ALONE:
+        if alert.comparator == "<":
+            continue
+        judge = create_judge(alert)
+        for sample in range(0, 4000, 10):
+            found = list(
+                judge.judge(
+                    float(sample),
+                    {
+                        metric.sample_name: [((), {}, value)]
+                        for metric in vars(metrics).values()
+                        if isinstance(metric, metrics.Metric)
+                    },
+                )
+            )
+            assert not any(crossed for *_, crossed in found), alert.name
+
+
+def test_windows_of_the_users_hold_in_process_too() -> None:
+    [share] = [a for a in alert_table({}, {"data_share": {"window_seconds": 20}}) if a.key == "data_share"]
+    judge = create_judge(share)
+    name = metrics.PHASE_SECONDS.sample_name
+    for second in range(31):
+        waiting = {"phase": "data"}, 0.9 * second
+        working = {"phase": "forward"}, 0.1 * second
+        rows = [(tuple(labels.items()), labels, value) for labels, value in (waiting, working)]
+        found = list(judge.judge(float(second), {name: rows}))
+        assert bool(found) == (second >= 20)
+    [(_, ratio, crossed)] = found
+    assert ratio == pytest.approx(0.9) and crossed

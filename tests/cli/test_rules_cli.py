@@ -1,0 +1,78 @@
+"""`obsinfra rules` and `obsinfra docs` as typed: exit codes, what is said, and what is left alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from obsinfra.catalog.alert_changes import alert_table
+from obsinfra.cli.main import app
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt install prometheus)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -> None:
+    assert run("rules", "check").exit_code == 1  # nothing there yet
+    assert run("rules", "write").exit_code == 0
+    assert run("rules", "check").exit_code == 0
+    assert "is up to date" in run("rules", "diff").stdout
+    (tmp_path / "obsinfra.toml").write_text(
+        "[thresholds]\ngpu_temperature = 80\n"
+        '[alerts.cpu]\nseverity = "info"\n'
+        "[alerts.gpu_idle]\nenabled = false\n"
+    )
+    changed = run("rules", "diff")
+    assert changed.exit_code == 1
+    for line in (
+        "-    expr: obsinfra_gpu_temperature_celsius > 85",
+        "+    expr: obsinfra_gpu_temperature_celsius > 80",
+        "-  - alert: GPUIdle",
+        "+      severity: info",
+    ):
+        assert line in changed.stdout
+    stale = run("rules", "check")
+    assert stale.exit_code == 1 and "obsinfra rules write" in stale.stdout
+    run("rules", "write")
+    assert run("rules", "check").exit_code == 0
+
+
+@needs_promtool
+def test_the_rules_of_the_users_settings_are_tested(tmp_path: Path) -> None:
+    (tmp_path / "obsinfra.toml").write_text("[alerts.watchdog]\nenabled = false\n[thresholds]\ncpu = 42\n")
+    done = run("rules", "test")
+    assert done.exit_code == 0, done.stdout
+    enabled = len(alert_table({}, {"watchdog": {"enabled": False}}))
+    assert f"{enabled} alerts: rules valid, each fires, waits and resolves (promtool, version" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "obsinfra.toml"]
+
+
+def test_a_promtool_that_refuses_is_reported(tmp_path: Path) -> None:
+    refusing = tmp_path / "promtool"
+    refusing.write_text("#!/bin/sh\necho 'rule 3 [is] wrong' >&2\nexit 3\n")
+    refusing.chmod(0o755)
+    done = run("rules", "test", "--promtool", str(refusing))
+    assert done.exit_code == 1 and "rule 3 [is] wrong" in done.stdout
+
+
+def test_pages_are_written_and_a_stale_one_is_named(tmp_path: Path) -> None:
+    assert run("docs", "check").exit_code == 1
+    assert run("docs", "write").exit_code == 0
+    assert run("docs", "check").exit_code == 0
+    page = tmp_path / "docs" / "alerts.md"
+    page.write_text(page.read_text() + "more")
+    stale = run("docs", "check")
+    assert stale.exit_code == 1 and "alerts.md" in stale.stdout and "metrics.md" not in stale.stdout

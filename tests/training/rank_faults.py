@@ -1,0 +1,49 @@
+"""Digits on several ranks of which rank 1 has a fault, named by RANK_FAULT; as a workload factory.
+
+A fault in training shows once: the file RANK_FAULT_MARK tells the ranks of a later attempt that it is over.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from obsinfra.workloads.digits import Digits
+from obsinfra.workloads.protocol import StepOutput
+
+AT_STEP = 40
+
+
+class FaultyDigits(Digits):
+    """What is wrong is wrong on rank 1 alone."""
+
+    name = "faulty_digits"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fault = os.environ.get("RANK_FAULT", "") if os.environ.get("RANK") == "1" else ""
+        self._calls = 0
+
+    def describe_data(self) -> dict[str, Any]:
+        facts = super().describe_data()
+        return {**facts, "training_images": 7} if self._fault == "data" else facts
+
+    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
+        output = super().training_step(model, batch)
+        self._calls += 1
+        if self._calls == AT_STEP and self._fault == "nan":
+            return StepOutput(output.loss * float("nan"), output.samples)
+        mark = os.environ.get("RANK_FAULT_MARK")
+        if self._calls == AT_STEP and self._fault == "hang" and mark and not Path(mark).exists():
+            Path(mark).touch()
+            threading.Event().wait()
+        return output
+
+
+def create_workload(*, data_path: str | None, model_size: str | None, seed: int) -> FaultyDigits:
+    """Digits with the fault of the environment."""
+    return FaultyDigits()

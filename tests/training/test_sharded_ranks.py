@@ -1,0 +1,226 @@
+"""Two ranks with half of the model each: they train as others do, and their checkpoints are anybody's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_faults import AT_STEP
+from rank_processes import in_group, trained, whole
+from torch import nn
+
+from obsinfra.backup.backup_system import create_backup_system
+from obsinfra.backup.compare import count_tensors, differences
+from obsinfra.config.settings import Settings
+from obsinfra.control.command import new_command
+from obsinfra.errors import ConfigError
+from obsinfra.observation.observed_run import ObservedRun
+from obsinfra.observation.ranks import Alone
+from obsinfra.training.fully_sharded import blocks_of
+from obsinfra.training.parallelism import choose_parallelism
+from obsinfra.training.preflight import check
+from obsinfra.training.trainer import Trainer
+from obsinfra.workloads.registry import create_workload
+
+pytestmark = pytest.mark.slow
+
+GPT = {"model_name": "byte_gpt", "batch_size": 4, "validate_every": 0, "run": "r"}
+
+
+def _trained(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    return trained(ranks, output, **settings)
+
+
+def far(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between two sets of parameters."""
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+
+
+def _weighed(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    own: list[int] = []
+
+    def weigh(run: ObservedRun) -> None:
+        own.extend(parameter.to_local().numel() for parameter in run.model.parameters())
+
+    return {**trained(ranks, output, weigh, **settings), "own": sum(own)}
+
+
+def test_two_ranks_with_half_the_model_each_train_as_one_process(tmp_path: Path) -> None:
+    """Gradients of two passes, clipped by the norm over both ranks, a validation and a best checkpoint."""
+    settings = {**GPT, "max_steps": 8, "accumulate": 2, "clip_norm": 0.5}
+    one = trained(Alone(), tmp_path / "one", **settings)
+    two = in_group(2, _weighed, tmp_path / "two", {**settings, "parallel": "fsdp"})
+    parameters = sum(value.size for value in one["parameters"].values())
+    assert [rank["own"] for rank in two] == [parameters // 2] * 2, two
+    assert far(two[0]["parameters"], two[1]["parameters"]) == 0.0
+    moved = far(
+        one["parameters"], trained(Alone(), tmp_path / "other", **{**settings, "seed": 1})["parameters"]
+    )
+    assert far(one["parameters"], two[0]["parameters"]) < 1e-3 < moved
+
+
+def _handed_over(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    """Go on from a checkpoint, and save what was put back before anything else."""
+    found: dict[str, Any] = {}
+
+    def save(run: ObservedRun) -> None:
+        assert run.resumed is not None
+        found["from"], found["saved"] = run.resumed.info.path, run.checkpoint("regular", "handed over")
+
+    return {**trained(ranks, output, save, **settings), **found}
+
+
+def test_a_run_goes_on_under_the_other_kind_and_back(tmp_path: Path) -> None:
+    """Parameters, moments, steps and all are put back bit for bit; the rest differs by the order of sums."""
+    uncut = in_group(2, _trained, tmp_path / "whole", {**GPT, "max_steps": 9})
+    in_group(2, _trained, tmp_path / "parts", {**GPT, "max_steps": 3})
+    store = create_backup_system(tmp_path / "parts" / "r" / "checkpoints")
+    resumed = {**GPT, "run": None, "resume": "r"}
+    for parallel, steps in (("fsdp", 6), ("ddp", 9)):
+        settings = {**resumed, "parallel": parallel, "max_steps": steps}
+        parts = in_group(2, _handed_over, tmp_path / "parts", settings)
+        before, after = (store.load(parts[0][name]) for name in ("from", "saved"))
+        assert before.info.step == after.info.step == steps - 3 and parts[1]["saved"] is None
+        assert count_tensors(before.state["optimizer"]) == 3 * count_tensors(before.state["model"])
+        assert differences(before.state["model"], after.state["model"]) == []
+        assert differences(before.state["optimizer"], after.state["optimizer"]) == []
+        assert parts[0]["step"] == parts[1]["step"] == steps
+        assert far(parts[0]["parameters"], parts[1]["parameters"]) == 0.0
+    assert far(uncut[0]["parameters"], parts[0]["parameters"]) < 1e-4
+
+
+def test_a_run_in_parts_goes_on_alone(tmp_path: Path) -> None:
+    """Each validates with a forward pass of both ranks, and one process has the same parameters then."""
+    settings = {"model_name": "digits", "batch_size": 64, "validate_every": 1, "run": "r"}
+    two = in_group(2, _trained, tmp_path, {**settings, "parallel": "fsdp", "max_steps": 25})
+    assert two[0]["validation"] == two[1]["validation"] and two[0]["validation"], two
+    alone = trained(Alone(), tmp_path, **{**settings, "run": None, "resume": "r", "max_steps": 25})
+    assert far(two[0]["parameters"], alone["parameters"]) == 0.0
+
+
+def _commanded(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    events: list[tuple[str, int]] = []
+
+    def ask(run: ObservedRun) -> None:
+        copy = run.keeper.agreed
+
+        def noted(what: str, epoch: int) -> None:
+            events.append((what, run.step))
+            copy(what, epoch)
+
+        run.keeper.agreed = noted  # type: ignore[method-assign]
+        if ranks.rank == 0:
+            for action in ("checkpoint", "rollback", "emergency_checkpoint"):
+                run.channel.submit(new_command(run.folder.id, action, source="test"))
+
+    return {**trained(ranks, output, ask, **settings), "events": events}
+
+
+def test_copies_commands_and_rollbacks_are_at_the_same_step_on_both(tmp_path: Path) -> None:
+    """Snapshots every few steps, asked for by rank 0's clock; a checkpoint and a rollback by command."""
+    settings = {"model_name": "digits", "run": "r", "parallel": "fsdp", "validate_every": 0, "max_steps": 150}
+    timed = {"snapshot_seconds": 0.1, "checkpoint_seconds": 0.3, "schedule": "constant"}
+    two = in_group(2, _commanded, tmp_path, {**settings, **timed})
+    assert two[0]["events"] == two[1]["events"] and len(two[0]["events"]) > 1, two
+    assert {what for what, _ in two[0]["events"]} == {"regular", "snapshot"}
+    kinds = [found.kind for found in create_backup_system(tmp_path / "r" / "checkpoints").list()]
+    assert kinds.count("emergency") == 2 and "regular" in kinds  # one is what the rollback can be undone by
+    assert far(two[0]["parameters"], two[1]["parameters"]) == 0.0
+
+
+def _faulty(ranks: Any, output: Path) -> Any:
+    os.environ["RANK_FAULT"] = "nan"
+    settings = {"model_name": "rank_faults:create_workload", "parallel": "fsdp", "snapshot_seconds": 0.1}
+    return trained(ranks, output, run="r", **settings)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_with_the_last_good_state(tmp_path: Path) -> None:
+    found = in_group(2, _faulty, tmp_path)
+    assert all(text.startswith("NonFiniteLossError: ") for text in found), found
+    loaded = create_backup_system(tmp_path / "r" / "checkpoints").load()
+    assert loaded.info.step < AT_STEP
+    assert all(bool(torch.isfinite(value).all()) for value in loaded.state["model"].values())
+
+
+def _scaled(ranks: Any) -> Any:
+    """Steps of the scaler, of which rank 1's gradients are not finite in the first."""
+    settings = Settings(parallel="fsdp")
+    parallel = choose_parallelism(ranks, settings)
+    torch.manual_seed(0)
+    model = parallel.wrap(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 1)))
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", 8.0)
+    scales, moved = [], []
+    for factor in (float("inf") if ranks.rank == 1 else 1.0, 1.0):
+        before = [parameter.full_tensor() for parameter in model.parameters()]
+        with parallel.exchanging(model, now=True):
+            scaler.scale(model(torch.randn(4, 5) + ranks.rank).square().mean() * factor).backward()
+        scaler.unscale_(optimizer)
+        norm = parallel.clip(list(model.parameters()), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        after = [parameter.full_tensor() for parameter in model.parameters()]
+        moved.append(any(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
+        scales.append((scaler.get_scale(), bool(torch.isfinite(norm))))
+    return scales, moved, model[1].running_mean.tolist()
+
+
+def test_the_scaler_leaves_a_step_out_on_both_when_one_has_infinite_gradients() -> None:
+    found = in_group(2, _scaled)
+    assert found[0] == found[1], found  # batch norm's statistics too, though the ranks' inputs differ
+    assert found[0][:2] == ([(4.0, False), (4.0, True)], [False, True])
+
+
+def _checked(ranks: Any, output: Path) -> Any:
+    settings = Settings(parallel="fsdp", output_dir=output, model_name="digits")
+    workload = create_workload("digits", data_path=None, model_size=None, seed=0)
+    trainer = Trainer(workload, settings, ranks=ranks)
+    before = {name: whole(value).clone() for name, value in trainer.model.state_dict().items()}
+    check(trainer)
+    after = {name: whole(value) for name, value in trainer.model.state_dict().items()}
+    return differences(before, after), [p.grad is None for p in trainer.model.parameters()]
+
+
+def test_the_check_before_training_leaves_a_model_in_parts_as_it_was(tmp_path: Path) -> None:
+    found = in_group(2, _checked, tmp_path)
+    assert all(isinstance(one, tuple) for one in found), found
+    for places, without in found:
+        assert places == [] and all(without)
+
+
+REFUSED = {
+    "oom_recovery": "on",
+    "gradient_compression": "fp16",
+    "compile": "on",
+    "micro_batch": 2,
+}
+
+
+def _refusals(ranks: Any) -> Any:
+    told = []
+    for name, value in REFUSED.items():
+        with pytest.raises(ConfigError) as error:
+            choose_parallelism(ranks, Settings(parallel="fsdp", **{name: value}))
+        told.append(str(error.value))
+    return told
+
+
+def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
+    found = in_group(2, _refusals)
+    for told, (name, value) in zip(found[0], REFUSED.items(), strict=True):
+        assert told.startswith(f"--{name.replace('_', '-')} {value} with --parallel fsdp"), told
+    assert found[0] == found[1]
+    with pytest.raises(ConfigError, match="--parallel fsdp in one process"):
+        choose_parallelism(Alone(), Settings(parallel="fsdp"))
+
+
+def test_weights_that_are_tied_across_blocks_stay_with_the_model() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 4, bias=False))
+    assert blocks_of(model) == [model[0], model[1], model[3]]
+    model[3].weight = model[0].weight
+    assert blocks_of(model) == [model[1]]
