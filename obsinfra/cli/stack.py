@@ -163,6 +163,10 @@ def sidecar(
             help="Any address without TLS: within a network of containers that nobody else is on.",
         ),
     ] = False,
+    page_url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where people open its page, which the trainers' pages lead to; default: itself."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Journal what would be done, do nothing.")] = False,
 ) -> None:
     """Run the sidecar in the foreground: Alertmanager's webhook in, commands to the runs out.
@@ -187,5 +191,6 @@ def sidecar(
             tls_key=tls_key,
             alertmanager_url=alertmanager_url,
             trusted_network=trusted_network,
+            page_url=page_url,
         )
     )

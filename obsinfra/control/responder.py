@@ -99,7 +99,7 @@ class Sidecar:
         policy: what is done about alerts.
         still_firing: asked before a step that is due; default: an alert fires until its end is heard.
         alerts_come: whether Alertmanager is there to tell of alerts; while not, trainers act for themselves.
-        loopback_host: as `RunWatch` takes it.
+        loopback_host, page: as `RunWatch` takes them.
 
     Raises:
         ConfigError: the state folder or the journal cannot be used.
@@ -113,6 +113,7 @@ class Sidecar:
         still_firing: StillFiring = lambda firing: True,
         alerts_come: Callable[[], bool] = lambda: True,
         loopback_host: str | None = None,
+        page: str | None = None,
     ) -> None:
         self.output_dir, self.state_dir, self.policy = output_dir, state_dir, policy
         self._still_firing = still_firing
@@ -129,7 +130,7 @@ class Sidecar:
                 "a writable folder with a sound journal.sqlite",
                 "free space, or move the damaged journal.sqlite away",
             ) from error
-        self.watch = RunWatch(output_dir, self._scanned, alerts_come, loopback_host)
+        self.watch = RunWatch(output_dir, self._scanned, alerts_come, loopback_host, page)
         self.deliverer = Deliverer(output_dir, self.journal, self._settled)
         self.tracer: Tracer = create_tracer(
             run_id="sidecar", model="sidecar", trace_file=state_dir / "traces" / "spans.jsonl", probe=True

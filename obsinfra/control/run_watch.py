@@ -80,6 +80,7 @@ class RunWatch:
         alerts_come: whether what Prometheus fires gets here at all; without that no heartbeat.
         loopback_host: what Prometheus is told instead of the loopback address of a trainer outside this
             container; None: the address itself.
+        page: where people open the page of all runs; told to the trainers, whose pages lead there.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class RunWatch:
         scanned: Callable[[dict[str, int]], None],
         alerts_come: Callable[[], bool] = lambda: True,
         loopback_host: str | None = None,
+        page: str | None = None,
     ) -> None:
         self._output_dir = output_dir
+        self._page = page
         self._loopback_host = loopback_host
         self._scanned = scanned
         self._alerts_come = alerts_come
@@ -279,7 +282,7 @@ class RunWatch:
 
     def _beat(self, folder: RunFolder) -> None:
         try:
-            folder.beat(time.time())
+            folder.beat(time.time(), self._page)
             self._beaten.add(folder.id)
         except OSError as error:
             self._log.warning("heartbeat_not_written", run=folder.id, error=str(error))

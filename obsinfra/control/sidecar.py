@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -78,6 +79,8 @@ class SidecarSettings:
             loopback address: for a network of containers that nobody else is on.
         loopback_host: the name under which Prometheus, in a container, reaches trainers that listen on this
             machine's loopback address; None: as it is.
+        page_url: where people open its page, which the trainers' pages lead to; None: the address it listens
+            on, by this machine's name where that is every address.
     """
 
     output_dir: Path
@@ -91,6 +94,7 @@ class SidecarSettings:
     alertmanager_url: str | None = None
     trusted_network: bool = False
     loopback_host: str | None = None
+    page_url: str | None = None
 
 
 class SidecarApp(FastAPI):
@@ -253,14 +257,18 @@ def run_sidecar(settings: SidecarSettings) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     wide = not (settings.trusted_network or _is_loopback(settings.host))
     scheme = _check_tls(settings, wide)
+    page = _checked_page(settings.page_url)
     listener = _listen(settings.host, settings.port)
     token = _token(settings.token_file)
-    sidecar, alertmanager = _create_sidecar(settings)
-    configure_logging(settings.state_dir / "logs", run="", model="sidecar", terminal_level="info")
     host, port = listener.getsockname()[:2]
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    if page is None:
+        page = f"{scheme}://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else url
+    sidecar, alertmanager = _create_sidecar(settings, page)
+    configure_logging(settings.state_dir / "logs", run="", model="sidecar", terminal_level="info")
     get_logger("system").info(
         "sidecar",
-        url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+        url=url,
         watches=str(settings.output_dir),
         token_file=str(settings.token_file),
         dry_run=settings.policy.dry_run,
@@ -281,12 +289,27 @@ def run_sidecar(settings: SidecarSettings) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _create_sidecar(settings: SidecarSettings) -> tuple[Sidecar, AlertmanagerWatch | None]:
+def _checked_page(url: str | None) -> str | None:
+    try:
+        found = urlsplit(url or "")
+        wrong = url is not None and (found.scheme not in ("http", "https") or not found.hostname)
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise ConfigError(f"--page-url {url!r}", "http://host:port/ or https://host:port/", "correct it")
+    return url
+
+
+def _create_sidecar(settings: SidecarSettings, page: str) -> tuple[Sidecar, AlertmanagerWatch | None]:
     url = settings.alertmanager_url
     if url is None:
         return (
             Sidecar(
-                settings.output_dir, settings.state_dir, settings.policy, loopback_host=settings.loopback_host
+                settings.output_dir,
+                settings.state_dir,
+                settings.policy,
+                loopback_host=settings.loopback_host,
+                page=page,
             ),
             None,
         )
@@ -299,6 +322,7 @@ def _create_sidecar(settings: SidecarSettings) -> tuple[Sidecar, AlertmanagerWat
             FiringCheck(url).still_fires,
             lambda: watch.answers,
             loopback_host=settings.loopback_host,
+            page=page,
         ),
         watch,
     )
@@ -424,6 +448,7 @@ def main() -> None:
         help="any address without TLS: for a network of containers that nobody else is on",
     )
     parser.add_argument("--loopback-host", help="where a Prometheus in a container reaches loopback trainers")
+    parser.add_argument("--page-url", help="where people open its page; the trainers' pages lead there")
     parser.add_argument("--dry-run", action="store_true", help="journal what would be done, do nothing")
     given = vars(parser.parse_args())
     load_plugin_actions()

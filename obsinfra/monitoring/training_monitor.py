@@ -93,6 +93,7 @@ class TrainingMonitor:
         after_alerts: called with all pending and firing alerts after each evaluation, on the housekeeping
             thread.
         alert_mode: returns `sidecar` or `in-process`, who acts on alerts now; shown on the page.
+        all_runs_page: returns where a page of all runs is, or None; the page leads there.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class TrainingMonitor:
         git_revision: str | None = None,
         after_alerts: Callable[[Sequence[AlertStatus]], None] | None = None,
         alert_mode: Callable[[], str] = lambda: "in-process",
+        all_runs_page: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.model = model
         self.run = run or f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -148,6 +150,7 @@ class TrainingMonitor:
         self._sampled: list[Sample] = []
         self._host_view: dict[str, Any] = {}
         self._alert_mode = alert_mode
+        self._all_runs_page = all_runs_page
         self._alerts = alert_table(thresholds, alerts)
         self._evaluator = AlertEvaluator(self._alerts, self._for_alerts, clock=time.time)
         self._after_alerts = after_alerts
@@ -570,6 +573,7 @@ class TrainingMonitor:
                 for status in self.alerts
             ],
             "alert_mode": self._alert_mode(),
+            "all_runs_page": self._all_runs_page(),
             "checkpoints": list(self.checkpoints),
             "commands": list(self.commands),
             "gpus": self._gpu_view(),

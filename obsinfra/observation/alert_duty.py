@@ -29,6 +29,10 @@ class AlertDuty:
         """`sidecar` or `in-process`."""
         return "sidecar" if self._folder.sidecar_alive(time.time()) else "in-process"
 
+    def page(self) -> str | None:
+        """Where the page of all runs is; None without a sidecar."""
+        return self._folder.sidecar_page(time.time())
+
     def consider(self, alerts: Sequence[AlertStatus]) -> None:
         """Called after each evaluation with everything pending or firing.
 

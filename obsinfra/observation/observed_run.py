@@ -229,6 +229,7 @@ class ObservedRun:
             git_revision=revision,
             after_alerts=self._after_alerts,
             alert_mode=self._duty.mode,
+            all_runs_page=self._duty.page,
         )
         self._recorder = self.monitor.recorder
         self.card = RunCard(self.folder, self.monitor, settings, revision)

@@ -334,9 +334,14 @@ class RunFolder:
         self.write_info(info)
         return info
 
-    def beat(self, now: float) -> None:
-        """Renew the sidecar's heartbeat. `now` is seconds since the epoch."""
-        document = {**asdict(ProcessId.current()), "at": now}
+    def beat(self, now: float, page: str | None = None) -> None:
+        """Renew the sidecar's heartbeat.
+
+        Args:
+            now: seconds since the epoch.
+            page: where people open the sidecar's page of all runs.
+        """
+        document = {**asdict(ProcessId.current()), "at": now, "page": page}
         write_json_atomic(self.heartbeat, document, durable=False)
 
     def sidecar_alive(self, now: float) -> bool:
@@ -346,6 +351,14 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return abs(now - at) < HEARTBEAT_STALE_SECONDS
+
+    def sidecar_page(self, now: float) -> str | None:
+        """Where the page of all runs is, while a sidecar watches this run and said so."""
+        try:
+            page = json.loads(self.heartbeat.read_text()).get("page")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return page if isinstance(page, str) and self.sidecar_alive(now) else None
 
 
 class MemberFolder(RunFolder):

@@ -58,7 +58,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[..., Opened]]:
-    """`open_page(url, width=…, scheme=…, before=…)`; `before(page)` runs before the page is loaded."""
+    """`open_page(url, width=…, scheme=…, before=…)`; `before(page)` runs before the page is loaded,
+    `more` goes to the browser's context."""
     contexts = []
 
     def open_it(
@@ -68,8 +69,10 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Opened]]:
         height: int = 900,
         scheme: Any = "light",
         before: Callable[[Page], None] | None = None,
+        **more: Any,
     ) -> Opened:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        viewport: Any = {"width": width, "height": height}
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, **more)
         contexts.append(context)
         page = context.new_page()
         opened = Opened(page)

@@ -155,11 +155,13 @@ def test_rows_equal_what_the_api_says(scene: Scene, opened: Opened) -> None:
     live, old = texts(page.locator("#runs tbody tr"))
     told = {run["id"]: run for run in scene.get("runs")}
     for row, run in ((live, told["live-run"]), (old, told["old-run"])):
-        assert row[0:3] == [run["state"], run["id"], run["model"]]
-        assert row[5:9] == [
+        note = "" if run["live"] else "its page ended with it"
+        assert row[0:3] == [run["state"], run["id"] + note, run["model"]]
+        assert row[5:] == [
             run["started"][:19].replace("T", " "), run["host"], str(run["world_size"]), str(run["restarts"]),
         ]  # fmt: skip
-        assert row[9] == (run["reason"] or "–")
+        if not run["live"]:
+            assert row[4].endswith(run["reason"])
     step = page.locator('#runs tr[data-key="live-run"] td').nth(3)
     wait_for(lambda: int(step.inner_text()) >= before, "the step goes on", 30)
     page_link = page.get_by_role("link", name="live-run")
@@ -231,12 +233,43 @@ def test_without_the_token_nothing_is_told(scene: Scene, open_page: Open) -> Non
     )
 
 
+CUT = """() => [...document.querySelectorAll(".scroll")]
+  .filter((one) => one.checkVisibility() && one.scrollWidth > one.clientWidth)
+  .map((one) => one.ariaLabel)"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1280, 1440])
+def test_nothing_lies_beyond_the_edge(scene: Scene, open_page: Open, width: int) -> None:
+    page = open_page(scene.url, width=width, height=844).page
+    enter(page, scene.token)
+    expect(page.locator("#slow tbody tr").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT) == []
+    for name in ("Checkpoint", "Profile", "Dump stacks", "Pause", "Resume"):
+        box = page.get_by_role("button", name=f"{name}: live-run").bounding_box()
+        assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width, name
+
+
+def test_the_pages_lead_to_each_other(scene: Scene, opened: Opened) -> None:
+    page = opened.page
+    old = page.locator('#runs tr[data-key="old-run"]')
+    assert old.locator("a[href]").count() == 0
+    expect(old).to_contain_text("its page ended with it")
+    expect(page.locator("#runs-ended")).to_contain_text("obsinfra report RUN")
+    # As Prometheus does: from then on the sidecar watches over the run, and says where its page is.
+    assert scene.client.get("/sd").status_code == 200
+    page.get_by_role("link", name="live-run").click()
+    expect(page.locator("#run-id")).to_have_text("live-run")
+    page.get_by_role("link", name="All runs").click(timeout=30_000)
+    expect(page).to_have_url(scene.url + "/")
+    expect(page.locator("#runs tbody tr")).to_have_count(2)  # the tab still has the token
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_in_both_schemes(scene: Scene, open_page: Open, scheme: str) -> None:
+def test_it_follows_the_readers_scheme(scene: Scene, open_page: Open, scheme: str) -> None:
     opened = open_page(scene.url, width=390, height=844, scheme=scheme)
     page = opened.page
     enter(page, scene.token)
     expect(page.locator("#runs tbody tr")).to_have_count(2)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(244, 245, 246)", "dark": "rgb(15, 18, 21)"}[scheme]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import shutil
@@ -11,16 +10,14 @@ import socket
 import ssl
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from certificates import self_signed
 from prometheus_client.parser import text_string_to_metric_families
 from sidecar_tools import SidecarProcess, alert, counted, notification, sidecar
 from trainer_double import channel_of, done, run_folder, trainer
@@ -217,10 +214,11 @@ def test_the_heartbeat_comes_with_the_first_question_for_targets_and_goes_with_t
                 "labels": {"run": "r1", "model": "digits", "rank": "0", "host": socket.gethostname()},
             }
         ]
-        assert folder.heartbeat.exists()
+        assert folder.sidecar_page(time.time()) == process.url
         assert process.client.get("/healthz").json()["prometheus_asks"] is True
         process.end(signal.SIGTERM)
         assert not folder.heartbeat.exists()
+        assert folder.sidecar_page(time.time()) is None
 
 
 def test_big_slow_and_silent_callers_keep_nobody_waiting(folder: RunFolder, tmp_path: Path) -> None:
@@ -259,6 +257,7 @@ def test_a_taken_or_impossible_address_is_one_line_and_exit_code_2(tmp_path: Pat
         assert "Address already in use" in refused(tmp_path, f"--port={port}")
     assert "cannot listen on 127.0.0.1:70000" in refused(tmp_path, "--port=70000")
     assert "cannot listen on" in refused(tmp_path, f"--host={'x' * 70}")
+    assert "--page-url 'javascript:1'" in refused(tmp_path, "--page-url=javascript:1")
     assert not (tmp_path / ".stack").exists()
 
 
@@ -313,33 +312,7 @@ def test_a_sidecar_ends_with_what_it_began(folder: RunFolder, tmp_path: Path) ->
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 signed by itself, and its key."""
-    cert, key = tmp_path / ".cert.pem", tmp_path / ".key.pem"
-    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sidecar")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
-        .sign(private, hashes.SHA256())
-    )
-    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key.touch(mode=0o600)
-    key.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return cert, key
+    return self_signed(tmp_path)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1"])
@@ -347,6 +320,12 @@ def test_an_address_beyond_this_machine_without_tls_is_refused(tmp_path: Path, h
     line = refused(tmp_path, f"--host={host}")
     assert "without TLS" in line and "--tls-cert and --tls-key" in line
     assert not (tmp_path / ".stack").exists()
+
+
+def test_where_people_open_the_page_can_be_told(folder: RunFolder, tmp_path: Path) -> None:
+    with sidecar(tmp_path, "--page-url=https://gpu-17.example/runs/") as process:
+        process.client.get("/sd")
+        assert folder.sidecar_page(time.time()) == "https://gpu-17.example/runs/"
 
 
 def test_in_a_trusted_network_commands_need_the_token_and_discovery_does_not(

@@ -62,6 +62,8 @@ function fill(table, entries) {
         const place = document.createElement(cell.head ? "th" : "td");
         if (cell.head) place.scope = "row";
         place.className = cell.class ?? "";
+        // On a phone a row is a card: each cell says by itself what it is.
+        place.dataset.label = table.tHead.rows[0].cells[row.cells.length].textContent;
         row.append(place);
         if (cell.make) place.append(cell.make());
       }
@@ -72,13 +74,19 @@ function fill(table, entries) {
   for (const row of old.values()) row.remove();
 }
 
+// Setting what is there already would still be work for the browser.
+function put(target, name, value) {
+  if (target[name] !== value) target[name] = value;
+}
+
 function write(place, cell) {
   if (cell.change) {
     cell.change(place);
     return;
   }
-  if (place.textContent !== cell.text) place.textContent = cell.text;
-  if ((place.dataset.tone ?? "") !== (cell.tone ?? "")) place.dataset.tone = cell.tone ?? "";
+  put(place, "textContent", cell.text);
+  if (place.classList.contains("none") !== (cell.text === NONE)) place.classList.toggle("none");
+  if (cell.tone !== undefined) put(place.dataset, "tone", cell.tone);
 }
 
 const text = (value, more = {}) => ({ text: value === "" ? NONE : String(value), ...more });
@@ -86,46 +94,62 @@ const num = (value) => text(number(value), { class: "num" });
 
 function badge(run) {
   return {
-    make: () => document.createElement("span"),
-    change: (place) => {
-      const mark = place.firstChild;
+    make: () => {
+      const mark = document.createElement("span");
       mark.className = "badge";
-      mark.dataset.state = run.state;
-      if (mark.textContent !== run.state) mark.textContent = run.state;
+      return mark;
+    },
+    change: (place) => {
+      put(place.firstChild.dataset, "state", run.state);
+      put(place.firstChild, "textContent", run.state);
     },
   };
 }
 
-// A run's own page is beside its /metrics; only http addresses are followed.
+const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
+
+// A run's own page is beside its /metrics; only http addresses are followed. Without one: why not.
 function pageOf(run) {
-  const address = run.live ? run.metrics_urls["0"] : undefined;
-  if (!address) return null;
+  if (!run.live) return { note: "its page ended with it" };
   try {
-    const url = new URL(address);
-    return ["http:", "https:"].includes(url.protocol) ? new URL("./", url).href : null;
+    const url = new URL("./", run.metrics_urls["0"]);
+    if (!["http:", "https:"].includes(url.protocol)) return { note: "no page" };
+    // A loopback address means the reader's own machine, and there is no such page there.
+    const elsewhere = LOOPBACK.test(url.hostname) && !LOOPBACK.test(location.hostname);
+    return elsewhere ? { note: `its page opens on ${run.host} alone, at ${url.host}` } : { href: url.href, note: "" };
   } catch {
-    return null;
+    return { note: "no page" };
   }
 }
 
 function link(run) {
   return {
-    class: "name strong",
-    make: () => document.createElement("a"),
+    class: "name",
+    make: () => {
+      const both = document.createElement("div");
+      both.append(document.createElement("a"), document.createElement("span"));
+      both.firstChild.className = "strong";
+      both.firstChild.rel = "noreferrer";
+      both.lastChild.className = "under quiet";
+      return both;
+    },
     change: (place) => {
-      const anchor = place.firstChild;
-      if (anchor.textContent !== run.id) anchor.textContent = run.id;
-      const page = pageOf(run);
-      if (page === null) anchor.removeAttribute("href");
-      else if (anchor.href !== page) anchor.href = page;
-      anchor.rel = "noreferrer";
+      const [anchor, under] = place.firstChild.children;
+      const { href, note } = pageOf(run);
+      put(anchor, "textContent", run.id);
+      if (href !== undefined) put(anchor, "href", href);
+      else if (anchor.hasAttribute("href")) anchor.removeAttribute("href");
+      put(under, "textContent", note);
     },
   };
 }
 
-function buttons(run) {
+// One column for both: what has ended takes no commands, what runs has no end.
+function buttonsOrEnd(run) {
   return {
+    class: "tell",
     make: () => {
+      const both = document.createElement("div");
       const group = document.createElement("div");
       group.className = "buttons";
       group.setAttribute("role", "group");
@@ -139,10 +163,13 @@ function buttons(run) {
         button.addEventListener("click", () => give(run.id, action, name, button));
         group.append(button);
       }
-      return group;
+      both.append(group, document.createElement("span"));
+      return both;
     },
     change: (place) => {
-      place.firstChild.hidden = !run.live;
+      const [group, end] = place.firstChild.children;
+      put(group, "hidden", !run.live);
+      put(end, "textContent", run.reason || (run.live ? "" : NONE));
     },
   };
 }
@@ -205,44 +232,45 @@ async function draw() {
   fill($("runs"), shown.map((run) => ({
     key: run.id,
     cells: [
-      badge(run), link(run), text(run.model, { class: "name" }), num(steps.get(run.id)), buttons(run),
-      text(run.started.slice(0, 19).replace("T", " ")), text(run.host, { class: "name" }), num(run.world_size), num(run.restarts),
-      text(run.reason ?? "", { class: "wide" }),
+      badge(run), link(run), text(run.model, { class: "name" }), num(steps.get(run.id)), buttonsOrEnd(run),
+      text(run.started.slice(0, 19).replace("T", " "), { class: "when" }), text(run.host, { class: "name" }),
+      num(run.world_size), num(run.restarts),
     ],
   })));
-  $("runs-note").textContent = runs.length > shown.length ? `the newest ${shown.length} of ${runs.length}` : "";
+  put($("runs-note"), "textContent", runs.length > shown.length ? `the newest ${shown.length} of ${runs.length}` : "");
+  put($("runs-ended"), "hidden", live.length === runs.length);
   fill($("firing"), alerts.firing.map((one) => ({
     key: JSON.stringify([one.run, one.alert, one.starts_at, one.summary]),
     cells: [
       text(one.severity, { class: `severity ${["critical", "warning", "info"].includes(one.severity) ? one.severity : ""}` }),
-      text(one.alert, { class: "strong" }), text(one.run, { class: "name" }), text(moment(one.starts_at)),
-      text(one.next_step ? `${one.next_step} at ${moment(one.next_at)}` : ""), text(one.summary, { class: "wide" }),
+      text(one.alert, { class: "strong" }), text(one.run, { class: "name" }), text(moment(one.starts_at), { class: "when" }),
+      text(one.next_step ? `${one.next_step} at ${moment(one.next_at)}` : "", { class: "when" }), text(one.summary, { class: "wide" }),
     ],
   })));
   const worst = ["critical", "warning", "info"].find((name) => alerts.firing.some((one) => one.severity === name));
-  $("alerts-section").dataset.worst = worst ?? "";
+  put($("alerts-section").dataset, "worst", worst ?? "");
   fill($("commands"), commands.map((one) => ({
     key: one.id,
     cells: [
-      text(moment(one.received_at)), text(one.run, { class: "name" }), text(one.action, { class: "strong" }),
-      text(one.outcome, { tone: toneOf(one.outcome) }), num(one.step), text(one.source),
+      text(moment(one.received_at), { class: "when" }), text(one.run, { class: "name" }), text(one.action, { class: "strong" }),
+      text(one.outcome, { tone: toneOf(one.outcome) }), num(one.step), text(one.source, { class: "name" }),
       text([one.reason, one.error].filter(Boolean).join("; "), { class: "wide" }),
     ],
   })));
   fill($("heard"), alerts.heard.map((one, index) => ({
     key: JSON.stringify([one.received_at, one.alert, one.run, one.decision, one.action, alerts.heard.length - index]),
     cells: [
-      text(moment(one.received_at)), text(one.alert, { class: "strong" }), text(one.run, { class: "name" }),
+      text(moment(one.received_at), { class: "when" }), text(one.alert, { class: "strong" }), text(one.run, { class: "name" }),
       text(one.status), text(one.decision), text(one.action),
     ],
   })));
   fill($("slow"), slowSteps.map((one) => ({
     key: `${one.run}/${one.rank}/${one.step}/${one.at}`,
     cells: [
-      text(one.run, { class: "name" }), num(one.step), num(one.rank), text(moment(one.at)),
+      text(one.run, { class: "name" }), num(one.step), num(one.rank), text(moment(one.at), { class: "when" }),
       text(took(one.seconds), { class: "num" }),
-      text(Object.entries(one.phases).slice(0, 3).map(([name, seconds]) => `${name} ${took(seconds)}`).join(", ")),
-      text(one.trace_id, { class: "quiet" }),
+      text(Object.entries(one.phases).slice(0, 3).map(([name, seconds]) => `${name} ${took(seconds)}`).join(", "), { class: "phases" }),
+      text(one.trace_id, { class: "quiet trace" }),
     ],
   })));
   $("facts").replaceChildren(...[`${live.length} live`, `${runs.length} in all`, `alerts acted on: ${alerts.firing.length}`].map((fact) => {
@@ -287,7 +315,7 @@ function open() {
   show("watching", "running");
   $("connection").textContent = "";
   $("door").hidden = true;
-  $("main").hidden = false;
+  put($("main"), "hidden", false);
   $("forget").hidden = false;
 }
 

@@ -166,7 +166,7 @@ class Chart {
     return {
       width: Math.max(120, this.plot.clientWidth),
       height: HEIGHT,
-      padding: [6, 10, 0, 0],
+      padding: [6, 26, 0, 0], // the last tick's label is written half beyond the axis
       legend: { show: false },
       scales: {
         x: { time: false, range: () => board.window() },

@@ -77,6 +77,24 @@ function showIdentity({ run, uptime_seconds: uptime, now }) {
   fill("facts", facts.filter(Boolean), (text) => make("li", "", text));
 }
 
+const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
+
+/** Leads to the sidecar's page of all runs; what stood there last stays, also when the trainer is gone. */
+function showAllRuns({ all_runs_page: page, run }) {
+  let url = null;
+  try {
+    url = known(page) ? new URL(page) : null;
+  } catch {
+    // A sidecar that was told a wrong address of itself: no link.
+  }
+  if (url !== null && !/^https?:$/.test(url.protocol)) url = null;
+  // A loopback address means the reader's own machine, and there is no such page there.
+  const elsewhere = url !== null && LOOPBACK.test(url.hostname) && !LOOPBACK.test(location.hostname);
+  byId("all-runs").hidden = url === null || elsewhere;
+  if (url !== null && !elsewhere) byId("all-runs").href = url.href;
+  write("all-runs-note", elsewhere ? `the page of all runs opens on ${run.host} alone, at ${url.host}` : "");
+}
+
 function showProgress({ run, progress }) {
   const { epoch, epochs, step, steps_per_epoch: perEpoch, samples, eta_seconds: eta } = progress;
   const total = epochs > 0 && perEpoch > 0 ? epochs * perEpoch : null;
@@ -142,6 +160,9 @@ function table(id, rows, build) {
   if (shown.get(id) === text) return;
   shown.set(id, text);
   byId(id).querySelector("tbody").replaceChildren(...rows.map(build));
+  // On a phone a row is a card: each cell says by itself what it is.
+  const heads = [...byId(id).tHead.rows[0].cells].map((head) => head.textContent);
+  for (const cell of byId(id).querySelectorAll("tbody td")) cell.dataset.label = heads[cell.cellIndex];
 }
 
 const measured = (value, unit) => `${format.short(value)}${unit ? ` ${unit}` : ""}`;
@@ -189,7 +210,7 @@ function showTables({ checkpoints, commands, now }) {
   table("commands", commands, (one) => {
     const made = row([
       [format.moment(epochOf(one.at), now)], [one.action, "strong"], [one.state, "outcome"],
-      [format.integer(one.step), "num"], [one.source ?? ""], [one.reason ?? "", "wide"],
+      [format.integer(one.step), "num"], [one.source ?? "", "name"], [one.reason ?? "", "wide"],
     ]);
     made.dataset.outcome = one.state;
     return made;
@@ -305,6 +326,7 @@ function show(answer) {
   board.alertTimes = answer.alerts.filter((alert) => alert.state === "firing").map((alert) => alert.since);
   board.checkpointTimes = answer.checkpoints.map((one) => one.at);
   showIdentity(answer);
+  showAllRuns(answer);
   showProgress(answer);
   showNumbers(answer);
   showAlerts(answer);
