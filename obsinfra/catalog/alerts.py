@@ -510,15 +510,16 @@ _PROGRESS = (
     Alert(
         name="StragglerRank",
         key="straggler",
-        condition=AgainstPeers(metrics.STEP_MEDIAN_SECONDS, "obsinfra:step_median:ratio_to_peers"),
+        condition=AgainstPeers(metrics.STEP_OWN_MEDIAN_SECONDS, "obsinfra:step_own_median:ratio_to_peers"),
         threshold=1.3,
         threshold_unit="×",
         for_seconds=2 * MINUTE,
         severity="warning",
         scope="rank",
         action=None,
-        summary="Rank {{ $labels.rank }} takes more than {threshold} times the median rank's step",
-        description="One rank is slower than its peers; where steps are synchronous, all wait for it.",
+        summary="Rank {{ $labels.rank }} works {threshold} times as long per step as the median rank",
+        description="One rank is slower than its peers by what of a step waits for no other rank; where steps "
+        "are synchronous, all wait for it.",
     ),
     Alert(
         name="DataStarvation",

@@ -143,6 +143,11 @@ STEP_TIME_SECONDS = _gauge(
     "step_time_seconds", "Slowest of the steps that ended in the last 15 seconds and the one still running."
 )
 STEP_MEDIAN_SECONDS = _gauge("step_median_seconds", "Smoothed median of the step durations.")
+STEP_OWN_MEDIAN_SECONDS = _gauge(
+    "step_own_median_seconds",
+    "Smoothed median of what of a step waited for no other rank: data, rollout, forward, and the backward "
+    "pass up to the wait for the exchange of gradients; absent where that cannot be told.",
+)
 SECONDS_SINCE_STEP = _gauge(
     "seconds_since_step",
     "Seconds since the last step ended, validation and pauses left out; absent before the first step and "

@@ -206,14 +206,15 @@ def _worst(alerts: Mapping[str, Alert]) -> list[Panel]:
             "Slowest rank against its peers",
             [
                 Query(
-                    f"topk({WORST}, max by (run) (obsinfra:step_median:ratio_to_peers{{{THESE}}}))",
+                    f"topk({WORST}, max by (run) (obsinfra:step_own_median:ratio_to_peers{{{THESE}}}))",
                     "{{run}}",
                     instant=True,
                 )
             ],
             unit="suffix:×",
             width=6,
-            about="Median step of a run's slowest rank ÷ that of its median rank; 1 for a run of one rank.",
+            about="What of the slowest rank's step waits for no other rank ÷ that of the run's median rank; "
+            "1 for a run of one rank.",
             alerts=named(alerts, "StragglerRank"),
             links=[ON_RANKS],
         ),

@@ -20,7 +20,7 @@ from obsinfra.dashboards.queries import RANKS as HERE
 from obsinfra.dashboards.queries import RUN as ONE
 from obsinfra.dashboards.queries import Query, of
 
-RATIO = "obsinfra:step_median:ratio_to_peers"
+RATIO = "obsinfra:step_own_median:ratio_to_peers"
 RANK = "rank {{rank}}"
 ON_RUN = link("The run", board_url(RUN, run="${run}"))
 ON_HOST = link("Its GPUs and host", board_url(GPU_HOST, run="${run}"))
@@ -71,8 +71,8 @@ def _now(alerts: Mapping[str, Alert]) -> list[Panel]:
             [Query(f"max({RATIO}{{{HERE}}})", "slowest")],
             unit="suffix:×",
             width=4,
-            about="1 means that all take alike. Where steps are synchronous all wait for the slowest, so "
-            "this is what the run loses.",
+            about="Own time of the slowest rank's step, in which it waits for no other, ÷ that of the median "
+            "rank. 1 means that all take alike. Where steps are synchronous all wait for the slowest.",
             alerts=named(alerts, "StragglerRank"),
         ),
         number(
@@ -80,7 +80,7 @@ def _now(alerts: Mapping[str, Alert]) -> list[Panel]:
             [Query(f"max({median})", "slowest")],
             unit="s",
             width=4,
-            about="Smoothed median step of the slowest rank.",
+            about="Smoothed median step of the slowest rank, waiting for others included.",
             links=[ON_RUN],
         ),
         number(
@@ -88,7 +88,8 @@ def _now(alerts: Mapping[str, Alert]) -> list[Panel]:
             [Query(f"min({median})", "fastest")],
             unit="s",
             width=4,
-            about="Smoothed median step of the fastest rank: how fast the run could be.",
+            about="Smoothed median step of the fastest rank; close to the slowest's where ranks wait for "
+            "each other.",
             links=[ON_RUN],
         ),
         number(
@@ -106,19 +107,19 @@ def _stragglers(alerts: Mapping[str, Alert]) -> list[Panel]:
     by = "max by (rank, host)"
     return [
         map_over_time(
-            "Step time of each rank",
-            [Query(f"max by (rank) ({of(metrics.STEP_MEDIAN_SECONDS, HERE)})", "{{rank}}")],
+            "Own time per step of each rank",
+            [Query(f"max by (rank) ({of(metrics.STEP_OWN_MEDIAN_SECONDS, HERE)})", "{{rank}}")],
             unit="none",
             cell_unit="s",
-            about="One row per rank, coloured by its median step: green is fast, red is slow. A row of "
-            "another colour is a straggler; a column is something that struck all.",
+            about="One row per rank, coloured by what of its median step waits for no other rank: green is "
+            "fast, red is slow. A row of another colour is a straggler; a column is something that struck all.",
             mentions=named(alerts, "StragglerRank"),
         ),
         lines(
-            "Step time against the median rank",
+            "Own time against the median rank",
             [Query(f"max by (rank) ({RATIO}{{{HERE}}})", RANK)],
             unit="suffix:×",
-            about="Each rank's median step ÷ that of the run's median rank.",
+            about="What of each rank's median step waits for no other rank ÷ that of the run's median rank.",
             alerts=named(alerts, "StragglerRank"),
             links=[ON_HOST],
         ),
@@ -133,6 +134,7 @@ def _stragglers(alerts: Mapping[str, Alert]) -> list[Panel]:
                 Query(f"{by} ({of(metrics.SECONDS_SINCE_STEP, HERE)})"),
                 Query(f"{by} ({of(metrics.PROCESS_RESIDENT_MEMORY_BYTES, HERE)})"),
                 Query(f"{by} ({of(metrics.HOST_CPU_RATIO, HERE)})"),
+                Query(f"{by} ({of(metrics.STEP_OWN_MEDIAN_SECONDS, HERE)})"),
             ],
             columns={
                 "rank": "Rank",
@@ -145,10 +147,12 @@ def _stragglers(alerts: Mapping[str, Alert]) -> list[Panel]:
                 "Value #F": "Since last step",
                 "Value #G": "Memory",
                 "Value #H": "Host's processors",
+                "Value #I": "Own time of a step",
             },
             units={
                 "Against the median": "suffix:×",
                 "Median step": "s",
+                "Own time of a step": "s",
                 "Step": "locale",
                 "Samples/s": "short",
                 "Goodput": "percentunit",
@@ -226,8 +230,8 @@ def _time() -> list[Panel]:
             ],
             unit="s",
             floor=0,
-            about="Median step of the slowest, the median and the fastest rank. The gap between the first "
-            "two is what all ranks lose at every step.",
+            about="Median step of the slowest, the median and the fastest rank. Ranks that "
+            "exchange gradients wait for each other and take about as long; their own time tells them apart.",
         ),
         lines(
             "Loss of each rank",

@@ -34,6 +34,8 @@ RATE_SECONDS = 10.0
 """Throughput is an average over this long."""
 
 _DATA = PHASES.index("data")
+_ROLLOUT = PHASES.index("rollout")
+_FORWARD = PHASES.index("forward")
 _STEPLESS = (PHASES.index("validation"), PHASES.index("paused"))
 _OTHER = PHASES.index("other")
 _OUTSIDE = len(PHASES)
@@ -44,7 +46,7 @@ _PRODUCTIVE = (*(i for i, name in enumerate(PHASES) if name in PRODUCTIVE_PHASES
 class StepRecord(NamedTuple):
     """One finished step as it waits in the ring. Times are `time.perf_counter` seconds.
 
-    A step of unknown duration starts when it ends.
+    A step of unknown duration starts when it ends. `own` is what of it waited for no other rank, in seconds.
     """
 
     step: int
@@ -55,6 +57,7 @@ class StepRecord(NamedTuple):
     grad_norm: float | None
     samples: int
     phases: tuple[tuple[int, float, float], ...] | None
+    own: float | None = None
 
 
 class TracedStep(NamedTuple):
@@ -147,6 +150,9 @@ class Recorder:
         alarm_norm: a gradient norm above this, or a value that is not finite, calls `on_alarm` once its step
             is in the ring: what must not wait for the next round of housekeeping.
         on_alarm: called on the loop's thread; must return at once.
+        own_time_known: whether the phases `data`, `rollout` and `forward` wait for no other rank and this
+            process's clock sees them. Not so on a GPU, which works on after the call that started it has
+            returned, nor where each block's parameters are gathered from all ranks.
     """
 
     def __init__(self, *, trace_every: int = 100) -> None:
@@ -161,6 +167,7 @@ class Recorder:
         self.rework_until_step = 0
         self.alarm_norm = math.inf
         self.on_alarm: Callable[[], None] | None = None
+        self.own_time_known = True
 
         self._trace_every = trace_every
         self._slow_seconds = math.inf
@@ -171,6 +178,7 @@ class Recorder:
         self._started = self._mark = perf_counter()
         self._epoch_offset = time.time() - self._started
         self._step_started: float | None = None
+        self._own = self._own_before = self._forward_before = 0.0
         self._reported_at: float | None = None
         self._redone_from: float | None = None
         self._ended_steps = 0
@@ -201,6 +209,7 @@ class Recorder:
         self.exemplars: dict[int, Exemplar] = {}
         self.recent_seconds: deque[float] = deque(maxlen=4096)
         self._median_seconds = 0.0
+        self._own_median_seconds: float | None = None
         self._window: deque[tuple[float, float, float, float]] = deque()
         self._last_ended: float | None = None
         self._stepless_until_then = 0.0
@@ -232,6 +241,10 @@ class Recorder:
         self._current = _OTHER
         if self._phases:
             self._phases.clear()
+        seconds = self._seconds
+        self._forward_before = forward = seconds[_FORWARD]
+        self._own_before = seconds[_DATA] + seconds[_ROLLOUT] + forward
+        self._own = 0.0
         if self.step < self.rework_until_step:
             self._redone_from = self._productive()
 
@@ -249,11 +262,16 @@ class Recorder:
         if self._redone_from is not None:
             self.rework_seconds += self._productive() - self._redone_from
             self._redone_from = None
+        seconds = self._seconds
+        forward = seconds[_FORWARD]
+        own = None  # where no forward pass is seen, the data alone would say too little
+        if forward > self._forward_before:
+            own = seconds[_DATA] + seconds[_ROLLOUT] + forward - self._own_before + self._own
         step = self.step
         keep = now - started > self._slow_seconds or (self._trace_every and step % self._trace_every == 0)
         phases = tuple(self._phases) if keep else None
         self._ring.append(
-            (step, self.epoch, started, now, self._loss, self._grad_norm, self._samples, phases)
+            (step, self.epoch, started, now, self._loss, self._grad_norm, self._samples, phases, own)
         )
         self._ended_steps += 1
         self._loss = self._grad_norm = None
@@ -303,6 +321,14 @@ class Recorder:
         self.step += 1
         if self._alarmed:
             self._alarm()
+
+    def add_own(self, seconds: float) -> None:
+        """Count this much of the present step as work that waited for no other rank.
+
+        The phases `data`, `rollout` and `forward` count by themselves. Add what of the backward pass is free
+        of an exchange; negative seconds take off what of those phases was a wait for other ranks.
+        """
+        self._own += seconds
 
     def record(
         self,
@@ -366,7 +392,8 @@ class Recorder:
                 self._readback.collect()
             ring, window = self._ring, self._window
             ended = self._ended_steps  # read first: all of these are in the ring, folded or dropped
-            durations = []
+            durations: list[float] = []
+            owned: list[float] = []
             for _ in range(len(ring)):
                 record = StepRecord(*ring.popleft())
                 seconds = record.ended - record.started
@@ -374,6 +401,8 @@ class Recorder:
                     durations.append(seconds)
                     self.bucket_counts[bisect_left(STEP_BUCKETS, seconds)] += 1
                     self.step_seconds_sum += seconds
+                if record.own is not None:
+                    owned.append(record.own)
                 self._folded_steps += 1
                 self._last_ended = record.ended
                 self.steps += 1
@@ -396,12 +425,10 @@ class Recorder:
                 self._rate.popleft()
             if durations:
                 self.recent_seconds.extend(durations)
-                durations.sort()
-                middle = durations[len(durations) // 2]
-                self._median_seconds = (
-                    middle if self._median_seconds == 0.0 else 0.8 * self._median_seconds + 0.2 * middle
-                )
+                self._median_seconds = _smoothed(self._median_seconds or None, durations)
                 self._slow_seconds = max(3.0 * self._median_seconds, 0.002)
+            if owned:
+                self._own_median_seconds = _smoothed(self._own_median_seconds, owned)
 
     @property
     def dropped(self) -> int:
@@ -461,6 +488,10 @@ class Recorder:
     def median_step_seconds(self) -> float:
         """Smoothed median of step durations; 0 before the first fold with steps."""
         return self._median_seconds
+
+    def own_median_seconds(self) -> float | None:
+        """Smoothed median of what of each step waited for no other rank; None where that is not known."""
+        return self._own_median_seconds if self.own_time_known else None
 
     def seconds_in_step(self) -> float | None:
         """How long the present step has been running; None between steps."""
@@ -602,6 +633,12 @@ class Recorder:
         self._late.append((perf_counter(), loss, grad_norm))
         if _nonfinite(loss) or (grad_norm is not None and not grad_norm <= self.alarm_norm):
             self._alarm()
+
+
+def _smoothed(before: float | None, seconds: list[float]) -> float:
+    """A median that moves by a fifth towards that of `seconds`."""
+    middle = sorted(seconds)[len(seconds) // 2]
+    return middle if before is None else 0.8 * before + 0.2 * middle
 
 
 def _nonfinite(value: float | None) -> bool:

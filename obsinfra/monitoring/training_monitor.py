@@ -131,6 +131,7 @@ class TrainingMonitor:
         self.device, self.precision = device, precision
         self.started_at = time.time()
         self.recorder = Recorder(trace_every=trace_every)
+        self.recorder.own_time_known = device == "cpu"
         self.instruments = Instruments()
         self._sources: list[weakref.WeakMethod[Callable[[], Iterable[Sample]]]] = []
         self.history = History()
@@ -478,6 +479,7 @@ class TrainingMonitor:
         put(catalog.SAMPLES_PER_SECOND, recorder.samples_per_second())
         put(catalog.STEP_TIME_SECONDS, recorder.step_time())
         put(catalog.STEP_MEDIAN_SECONDS, recorder.median_step_seconds() or None)
+        put(catalog.STEP_OWN_MEDIAN_SECONDS, recorder.own_median_seconds())
         if self.state == "running":
             put(catalog.SECONDS_SINCE_STEP, recorder.seconds_since_step())
         put(catalog.GOODPUT_RATIO, recorder.goodput())

@@ -235,6 +235,7 @@ class ObservedRun:
         self.card = RunCard(self.folder, self.monitor, settings, revision)
         set_context_source(lambda: {"step": self.step, "trace_id": self.monitor.trace_id})
         in_shards = not ranks.alone and is_in_shards(model)
+        self._recorder.own_time_known &= not in_shards
         self._state = LoopState(
             model, parts, extra, self.position, self._recorder, in_shards=in_shards, keeps=ranks.first
         )

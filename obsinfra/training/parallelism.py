@@ -25,6 +25,7 @@ import obsinfra
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, RanksDifferError
 from obsinfra.observation.ranks import Launch, Ranks
+from obsinfra.training.own_time import OwnTime, timed_backward
 from obsinfra.workloads.protocol import Batches, Workload
 
 POWERSGD_RANK = 4
@@ -64,6 +65,11 @@ class Parallelism(Protocol):
         """Around a forward and backward pass; gradients are exchanged in the last one of a step alone."""
         ...
 
+    def backward(self, loss: Tensor) -> float:
+        """Run backward from `loss`; the seconds of it that waited for no other rank, less those that the
+        forward pass before it waited."""
+        ...
+
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients by their norm over all parameters; the norm before, the same everywhere."""
         ...
@@ -99,6 +105,9 @@ class OneProcess:
     def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def backward(self, loss: Tensor) -> float:
+        return timed_backward(loss)
+
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         return clip_grad_norm_(parameters, limit)
 
@@ -118,6 +127,7 @@ class DataParallel:
 
     def __init__(self, ranks: Ranks, compression: str = "off") -> None:
         self.ranks, self._compression = ranks, compression
+        self._own_time: OwnTime | None = None
 
     def device_name(self, settings: Settings) -> str:
         """`auto` and `cuda` mean the GPU of this rank's number on its host."""
@@ -165,6 +175,7 @@ class DataParallel:
             )
         if self._compression != "off":
             wrapped.register_comm_hook(*_compressing(self._compression))
+        self._own_time = OwnTime(wrapped)
         return wrapped
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
@@ -180,6 +191,10 @@ class DataParallel:
         assert isinstance(model, DistributedDataParallel)
         waiting: AbstractContextManager[None] = model.no_sync()
         return waiting
+
+    def backward(self, loss: Tensor) -> float:
+        """Up to where DDP waits for the exchange; all of it where nothing is exchanged in the passes."""
+        return timed_backward(loss) if self._own_time is None else self._own_time.backward(loss)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Every rank has all gradients."""

@@ -272,7 +272,8 @@ class Trainer:
                     loss = self.faults.on_loss(step, output.loss) * weight
                 with run.phase("backward"):
                     self.faults.before_backward(step, last=number == last)
-                    self.scaler.scale(loss if part == 1.0 else loss * part).backward()  # type: ignore[no-untyped-call]
+                    scaled = self.scaler.scale(loss if part == 1.0 else loss * part)
+                    run.monitor.recorder.add_own(self.parallel.backward(scaled))
             total = loss.detach() if total is None else total + loss.detach()
             samples += output.samples
             if last == 0:

@@ -66,7 +66,7 @@ GPUS = {"count": 2} | {
 EXPECTED = (
     f'obsinfra:samples_per_second:sum{{run="{SINGLE}"}}',
     f'obsinfra:samples_per_second:sum{{run="{RANKS}"}}',
-    f'obsinfra:step_median:ratio_to_peers{{run="{SINGLE}"}}',
+    f'obsinfra:step_own_median:ratio_to_peers{{run="{SINGLE}"}}',
     f'obsinfra:data_share:ratio{{run="{SINGLE}"}}',
     f'obsinfra:step_duration_seconds:p99{{run="{SINGLE}"}} > 0',
     f'obsinfra:phase_seconds:rate1m{{run="{RANKS}", phase="data"}} > 0',
@@ -74,7 +74,7 @@ EXPECTED = (
     f'obsinfra_validation_metric{{run="{RANKS}", rank="1"}}',
     f'obsinfra:train_loss:spread{{run="{SINGLE}"}}',
     f'obsinfra:lost_share:ratio{{run="{RANKS}", rank="1"}}',
-    f'obsinfra:step_median:ratio_to_peers{{run="{RANKS}", rank="1"}} > 1',
+    f'obsinfra:step_own_median:ratio_to_peers{{run="{RANKS}", rank="1"}} > 1',
 )
 """What every Prometheus must have seen before the runs end."""
 

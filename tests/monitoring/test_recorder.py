@@ -361,6 +361,26 @@ def test_the_median_follows_the_steps_and_ignores_the_odd_one(clock: Clock) -> N
     assert recorder.median_step_seconds() == pytest.approx(2.0, rel=0.01)
 
 
+def test_own_time_is_data_rollout_forward_and_what_is_added(clock: Clock) -> None:
+    """Neither the exchange in backward, nor a checkpoint in a phase, nor a step without a forward pass."""
+    recorder = Recorder()
+    assert recorder.own_median_seconds() is None
+    for forward in (0.0, 0.25):
+        with recorder.step_context():
+            for name, seconds in {"data": 0.5, "rollout": 1.0, "forward": forward, "backward": 8.0}.items():
+                with recorder.phase(name):
+                    clock.pass_(seconds)
+            with recorder.phase("data"), recorder.phase("checkpoint"):
+                clock.pass_(4.0)
+            if forward:
+                recorder.add_own(2.0)
+                recorder.add_own(-0.125)
+        recorder.fold()
+        assert recorder.own_median_seconds() == (3.625 if forward else None)
+    recorder.own_time_known = False
+    assert recorder.own_median_seconds() is None
+
+
 def test_peaks_are_those_of_the_window(clock: Clock) -> None:
     recorder = Recorder()
     assert (recorder.peak_grad_norm(), recorder.step_time()) == (None, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from obsinfra.workloads.digits import Digits
 from obsinfra.workloads.protocol import StepOutput
 
 AT_STEP = 40
+SLOW_SECONDS = 0.05
+"""The fault `slow`: that much more in each forward pass, and again in each backward pass."""
 
 
 class FaultyDigits(Digits):
@@ -35,6 +38,9 @@ class FaultyDigits(Digits):
     def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
         output = super().training_step(model, batch)
         self._calls += 1
+        if self._fault == "slow":
+            time.sleep(SLOW_SECONDS)
+            output.loss.register_hook(lambda gradient: time.sleep(SLOW_SECONDS))
         if self._calls == AT_STEP and self._fault == "nan":
             return StepOutput(output.loss * float("nan"), output.samples)
         mark = os.environ.get("RANK_FAULT_MARK")
