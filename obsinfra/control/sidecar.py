@@ -28,8 +28,6 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
@@ -46,7 +44,7 @@ from obsinfra.control.responder import Sidecar
 from obsinfra.control.runbook_pages import create_runbook_router
 from obsinfra.control.webhook import Webhook
 from obsinfra.errors import ConfigError, ObsinfraError
-from obsinfra.monitoring.exporter import SampleCollector
+from obsinfra.monitoring.exposition import SampleCollector
 from obsinfra.monitoring.logging_config import configure_logging, get_logger
 from obsinfra.run.files import write_atomic
 
@@ -181,8 +179,7 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
     )
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(SampleCollector({}, sidecar.samples, sidecar.instruments.histograms))
+    collector = SampleCollector({}, sidecar.samples, sidecar.instruments.histograms)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -229,8 +226,8 @@ def create_app(
     @app.get("/metrics", dependencies=[Depends(guarded)], response_class=Response)
     def metrics(request: Request) -> Response:
         """Its own metrics, for Prometheus."""
-        encode, content_type = choose_encoder(request.headers.get("accept") or "")
-        return Response(encode(registry), media_type=content_type)
+        body, content_type = collector.exposition(request.headers.get("accept") or "")
+        return Response(body, media_type=content_type)
 
     @app.get("/sd", dependencies=[Depends(guarded)])
     def sd() -> list[dict[str, Any]]:

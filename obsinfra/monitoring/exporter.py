@@ -1,97 +1,48 @@
 """The trainer's HTTP face: `/metrics` (text and OpenMetrics), the live page at `/`, `/api/live`, `/healthz`.
 
-Families are built from samples when a scrape asks. Knows prometheus-client's data model and a source of
-samples; nothing of training.
+Knows HTTP and two things to serve, `exposition` and a document for the page; nothing of training.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import socket
+import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Exemplar
-from prometheus_client.utils import floatToGoString
-
-from obsinfra.catalog.metrics import Metric
 from obsinfra.errors import ConfigError
-from obsinfra.monitoring.instruments import HistogramValue
+from obsinfra.monitoring.exposition import SampleCollector
 from obsinfra.monitoring.page import CONTENT_SECURITY_POLICY, asset
-from obsinfra.monitoring.sample import Sample
 
-HistogramSample = tuple[Metric, Mapping[str, str], HistogramValue]
+WHOLE_ANSWER_BYTES = 256 << 10
+"""An answer up to this size is one write; ten times that of a full trainer."""
 
-
-class SampleCollector(Collector):
-    """Turns samples into Prometheus families, with the run's own labels in front.
-
-    Args:
-        labels: on every sample, e.g. run, model, rank.
-        samples: called at each scrape.
-        histograms: called at each scrape.
-    """
-
-    def __init__(
-        self,
-        labels: Mapping[str, str],
-        samples: Callable[[], Iterable[Sample]],
-        histograms: Callable[[], Iterable[HistogramSample]],
-    ) -> None:
-        self._names = tuple(labels)
-        self._values = tuple(labels.values())
-        self._samples = samples
-        self._histograms = histograms
-
-    def describe(self) -> Iterable[Family]:
-        return []
-
-    def collect(self) -> Iterator[Family]:
-        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for metric, labels, value in self._samples():
-            family = families.get(metric.name)
-            if family is None:
-                make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-                family = families[metric.name] = make(
-                    metric.name, metric.help, labels=[*self._names, *metric.labels]
-                )
-            family.add_metric([*self._values, *(str(labels[name]) for name in metric.labels)], value)
-        yield from families.values()
-        histograms: dict[str, HistogramMetricFamily] = {}
-        for metric, labels, histogram in self._histograms():
-            found = histograms.get(metric.name)
-            if found is None:
-                found = histograms[metric.name] = HistogramMetricFamily(
-                    metric.name, metric.help, labels=[*self._names, *metric.labels]
-                )
-            cumulative = 0
-            buckets: list[Any] = []
-            for index, count in enumerate(histogram.counts):
-                cumulative += count
-                bound = _bound(metric.buckets[index]) if index < len(metric.buckets) else "+Inf"
-                exemplar = histogram.exemplars.get(index)
-                buckets.append(
-                    (bound, cumulative, Exemplar(*exemplar)) if exemplar else (bound, cumulative, None)
-                )
-            found.add_metric(
-                [*self._values, *(str(labels[name]) for name in metric.labels)], buckets, histogram.total
-            )
-        yield from histograms.values()
+SILENT_SECONDS = 30
+"""A connection on which nothing comes or goes for so long is closed."""
 
 
-def _bound(value: float) -> str:
-    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+class _Received(io.RawIOBase):
+    """What comes in on a connection for which the kernel keeps the time; too late is a `TimeoutError`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._connection.recv_into(buffer)
+        except BlockingIOError:
+            raise TimeoutError("nothing came for too long") from None
 
 
 class _Server(ThreadingHTTPServer):
@@ -145,20 +96,26 @@ class MetricsServer:
 
     def __init__(
         self,
-        collector: Collector,
+        collector: SampleCollector,
         live: Callable[[int], Mapping[str, Any]],
         *,
         host: str,
         port: int,
         on_error: Callable[[Exception], None],
     ) -> None:
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(collector)
-
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             server_version = "obsinfra"
-            timeout = 30
+            # Each system call lets go of the interpreter's lock, and a busy loop gives it back 5 ms later. So
+            # an answer is one write, and the kernel keeps the time: with a timeout of Python's own every call
+            # would be two.
+            wbufsize = WHOLE_ANSWER_BYTES
+
+            def setup(self) -> None:
+                for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                    self.request.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENT_SECONDS, 0))
+                super().setup()
+                self.rfile = io.BufferedReader(_Received(self.request))
 
             def do_GET(self) -> None:
                 try:
@@ -168,8 +125,7 @@ class MetricsServer:
                 path = url.path
                 try:
                     if path == "/metrics":
-                        encode, content_type = choose_encoder(self.headers.get("Accept") or "")
-                        self._answer(200, encode(registry), content_type)
+                        self._answer(200, *collector.exposition(self.headers.get("Accept") or ""))
                     elif path == "/api/live":
                         text = parse_qs(url.query).get("since", ["0"])[0]
                         since = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0
@@ -181,7 +137,7 @@ class MetricsServer:
                         self._answer(200, *found)
                     else:
                         self._answer(404, b"not found: try /, /metrics or /api/live\n", "text/plain")
-                except (BrokenPipeError, ConnectionResetError, TimeoutError):
+                except (BrokenPipeError, ConnectionResetError, TimeoutError, BlockingIOError):
                     self.close_connection = True
                 except Exception as error:
                     on_error(error)

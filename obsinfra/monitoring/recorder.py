@@ -81,6 +81,31 @@ class Exemplar:
     at: float
 
 
+class _Peak:
+    """The largest value of a time, without looking through all of them: those that a later one exceeds can
+    never be it again and go at once.
+    """
+
+    __slots__ = ("_falling",)
+
+    def __init__(self) -> None:
+        self._falling: deque[tuple[float, float]] = deque()
+
+    def see(self, at: float, value: float) -> None:
+        falling = self._falling
+        while falling and falling[-1][1] <= value:
+            falling.pop()
+        falling.append((at, value))
+
+    def forget(self, before: float) -> None:
+        while self._falling and self._falling[0][0] < before:
+            self._falling.popleft()
+
+    @property
+    def value(self) -> float | None:
+        return self._falling[0][1] if self._falling else None
+
+
 class _Phase:
     """Context manager of one phase; made once per name and reused, so entering it allocates nothing."""
 
@@ -210,7 +235,7 @@ class Recorder:
         self.recent_seconds: deque[float] = deque(maxlen=4096)
         self._median_seconds = 0.0
         self._own_median_seconds: float | None = None
-        self._window: deque[tuple[float, float, float, float]] = deque()
+        self._slowest, self._peak_norm, self._peak_loss = _Peak(), _Peak(), _Peak()
         self._last_ended: float | None = None
         self._stepless_until_then = 0.0
         self._rate: deque[tuple[float, int]] = deque([(self._started, 0)])
@@ -390,7 +415,7 @@ class Recorder:
         with self._fold_lock:
             if self._readback is not None:
                 self._readback.collect()
-            ring, window = self._ring, self._window
+            ring = self._ring
             ended = self._ended_steps  # read first: all of these are in the ring, folded or dropped
             durations: list[float] = []
             owned: list[float] = []
@@ -407,19 +432,20 @@ class Recorder:
                 self._last_ended = record.ended
                 self.steps += 1
                 self.samples += record.samples
-                self._see(record.ended, seconds, record.loss, record.grad_norm)
+                self._slowest.see(record.ended, seconds)
+                self._see(record.ended, record.loss, record.grad_norm)
                 bad = _nonfinite(record.loss) or _nonfinite(record.grad_norm)
                 if record.phases is not None or bad:
                     self._keep_trace(record, "nonfinite" if bad else None)
             self._dropped_steps = max(self._dropped_steps, ended - self._folded_steps)
             for _ in range(len(self._late)):
                 arrived, loss, grad_norm = self._late.popleft()
-                self._see(arrived, 0.0, loss, grad_norm)
+                self._see(arrived, loss, grad_norm)
             if durations:
                 self._stepless_until_then = self._stepless()
             now = perf_counter()
-            while window and window[0][0] < now - WINDOW_SECONDS:
-                window.popleft()
+            for peak in (self._slowest, self._peak_norm, self._peak_loss):
+                peak.forget(now - WINDOW_SECONDS)
             self._rate.append((now, self.samples))
             while len(self._rate) > 2 and self._rate[1][0] < now - RATE_SECONDS:
                 self._rate.popleft()
@@ -454,11 +480,13 @@ class Recorder:
 
     def peak_grad_norm(self) -> float | None:
         """Largest gradient norm of the last `WINDOW_SECONDS`; NaN never is, infinity is."""
-        return max((norm for _, _, norm, _ in tuple(self._window) if norm >= 0.0), default=None)
+        with self._fold_lock:
+            return self._peak_norm.value
 
     def peak_loss(self) -> float | None:
         """Largest loss of the last `WINDOW_SECONDS`; NaN never is, infinity is."""
-        return max((loss for *_, loss in tuple(self._window) if loss == loss), default=None)
+        with self._fold_lock:
+            return self._peak_loss.value
 
     def seconds_since_step(self) -> float | None:
         """Seconds since the last step ended, without validation and pauses since; None before the first one.
@@ -478,7 +506,8 @@ class Recorder:
 
     def step_time(self) -> float | None:
         """Slowest step of the last `WINDOW_SECONDS`, counting the one still running."""
-        slowest = max((seconds for _, seconds, *_ in tuple(self._window)), default=None)
+        with self._fold_lock:
+            slowest = self._slowest.value
         started = self._step_started
         if started is not None:
             running = perf_counter() - started
@@ -572,14 +601,16 @@ class Recorder:
             self._shown = [max(pair) for pair in zip(seconds, self._shown, strict=True)]
             return list(self._shown)
 
-    def _see(self, at: float, seconds: float, loss: float | None, grad_norm: float | None) -> None:
-        norm = -1.0 if grad_norm is None else grad_norm
-        self._window.append((at, seconds, norm, math.nan if loss is None else loss))
-        if loss is not None and loss - loss == 0.0:
-            self._loss_sum += loss
-            self._loss_count += 1
-        if norm >= 0.0 and (self._largest_norm is None or norm > self._largest_norm):
-            self._largest_norm = norm
+    def _see(self, at: float, loss: float | None, grad_norm: float | None) -> None:
+        if loss is not None and loss == loss:
+            self._peak_loss.see(at, loss)
+            if loss - loss == 0.0:
+                self._loss_sum += loss
+                self._loss_count += 1
+        if grad_norm is not None and grad_norm >= 0.0:
+            self._peak_norm.see(at, grad_norm)
+            if self._largest_norm is None or grad_norm > self._largest_norm:
+                self._largest_norm = grad_norm
 
     def _alarm(self) -> None:
         self._alarmed = False

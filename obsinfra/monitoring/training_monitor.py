@@ -27,7 +27,8 @@ from obsinfra.alerting.evaluator import AlertEvaluator, AlertStatus
 from obsinfra.catalog import metrics as catalog
 from obsinfra.catalog.alert_changes import CHANGEABLE, alert_table
 from obsinfra.errors import ConfigError
-from obsinfra.monitoring.exporter import HistogramSample, MetricsServer, SampleCollector
+from obsinfra.monitoring.exporter import MetricsServer
+from obsinfra.monitoring.exposition import HistogramSample, SampleCollector
 from obsinfra.monitoring.gpu_sampler import create_gpu_sampler
 from obsinfra.monitoring.history import History
 from obsinfra.monitoring.host_sampler import HostSampler

@@ -27,9 +27,9 @@ from waiting import wait_for
 
 from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import ConfigError
-from obsinfra.monitoring import training_monitor
-from obsinfra.monitoring.exporter import MetricsServer, SampleCollector
-from obsinfra.monitoring.instruments import HistogramValue
+from obsinfra.monitoring import exporter, training_monitor
+from obsinfra.monitoring.exporter import MetricsServer
+from obsinfra.monitoring.exposition import SampleCollector
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 
@@ -107,30 +107,6 @@ def test_text_and_openmetrics_are_chosen_by_the_scraper(served: Served) -> None:
     values = {sample.name: sample.value for family in parse_openmetrics(modern) for sample in family.samples}
     assert values["obsinfra_steps_total"] == 7
     assert math.isnan(values["obsinfra_train_loss"])
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-@given(value=st.text(max_size=30).filter(lambda text: "\x00" not in text))
-def test_any_label_value_survives_both_formats(value: str) -> None:
-    """Quotes, backslashes and line ends are escaped; nothing a user types breaks a scrape."""
-    value = value.encode("utf-8", "ignore").decode()
-    collector = SampleCollector(
-        {"run": value, "model": "m"},
-        lambda: [Sample(catalog.VALIDATION_METRIC, {"metric": value}, 1.0), Sample(catalog.STEPS, {}, 2.0)],
-        lambda: [(catalog.SNAPSHOT_SECONDS, {}, HistogramValue([1] * 15, 3.0))],
-    )
-    from prometheus_client import CollectorRegistry
-    from prometheus_client import generate_latest as text_of
-    from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_of
-
-    registry = CollectorRegistry()
-    registry.register(collector)
-    for written, parse in ((text_of(registry), parse_text), (openmetrics_of(registry), parse_openmetrics)):
-        samples = [sample for family in parse(written.decode()) for sample in family.samples]
-        assert {sample.labels["run"] for sample in samples} == {value}
-        assert {sample.labels["metric"] for sample in samples if "metric" in sample.labels} == {value}
-        buckets = [sample.value for sample in samples if sample.name.endswith("_bucket")]
-        assert buckets == list(range(1, 16))
 
 
 @pytest.mark.parametrize("value", ['say "hi"', "two\nlines", "back\\slash", "\\n", 'all \\"\n\\\\'])
@@ -296,6 +272,31 @@ def own_threads() -> set[threading.Thread]:
         for thread in threading.enumerate()
         if thread.name.startswith("obsinfra") or "process_request" in thread.name
     }
+
+
+def test_a_connection_on_which_nothing_comes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "SILENT_SECONDS", 1)
+    served = Served()
+    try:
+        address = urlsplit(served.url)
+        silent = socket.create_connection((address.hostname, address.port), timeout=60)
+        halted = socket.create_connection((address.hostname, address.port), timeout=60)
+        halted.sendall(b"GET /metrics HTTP/1.1\r\nHost:")
+        for connection in (silent, halted):
+            assert connection.recv(1) == b""
+            connection.close()
+        assert served.errors == []
+    finally:
+        served.server.stop()
+
+
+def test_an_answer_larger_than_one_write_arrives_whole(served: Served) -> None:
+    served.samples = [
+        Sample(catalog.VALIDATION_METRIC, {"metric": f"{number}" + "x" * 1_000}, float(number))
+        for number in range(2 * exporter.WHOLE_ANSWER_BYTES // 1_000)
+    ]
+    (family,) = parse_text(fetch(f"{served.url}/metrics")[0])
+    assert [sample.value for sample in family.samples] == list(map(float, range(len(served.samples))))
 
 
 def test_stopping_ends_threads_and_idle_connections_and_frees_the_port() -> None:

@@ -403,6 +403,37 @@ def test_peaks_are_those_of_the_window(clock: Clock) -> None:
     assert (recorder.peak_grad_norm(), recorder.step_time()) == (None, None)
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 8 * 15).map(lambda eighths: eighths / 8),
+            st.sampled_from([None, math.nan, math.inf, 0.0, 1.0, 2.0, 3.0]),
+            st.sampled_from([None, math.nan, -math.inf, -1.0, 0.5, 7.0]),
+        ),
+        max_size=30,
+    )
+)
+def test_peaks_are_the_largest_of_what_a_look_at_every_step_finds(
+    steps: list[tuple[float, float | None, float | None]],
+) -> None:
+    with set_clock() as clock:
+        recorder = Recorder()
+        seen: list[tuple[float, float, float | None, float | None]] = []
+        for seconds, norm, loss in steps:
+            values = {"grad_norm": norm, "loss": loss}
+            take_steps(
+                recorder, clock, 1, seconds, **{name: v for name, v in values.items() if v is not None}
+            )
+            recorder.fold()
+            seen.append((clock.now, seconds, norm, loss))
+            within = [one for one in seen if one[0] >= clock.now - WINDOW_SECONDS]
+            assert recorder.step_time() == max(took for _, took, _, _ in within)
+            norms = [n for *_, n, _ in within if n is not None and n >= 0.0]
+            assert recorder.peak_grad_norm() == max(norms, default=None)
+            losses = [x for *_, x in within if x is not None and x == x]
+            assert recorder.peak_loss() == max(losses, default=None)
+
+
 def test_a_hanging_step_is_the_slowest_while_it_hangs(clock: Clock) -> None:
     recorder = Recorder()
     take_steps(recorder, clock, 1, 1.0)
