@@ -5,8 +5,7 @@ Called by `obsinfra rules`, the native stack and the tests. Knows nothing of fil
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import yaml
 from obsinfra.alerting.dashboard_recordings import DASHBOARD_RECORDINGS
 from obsinfra.alerting.dashboard_recordings import GROUP as DASHBOARDS_GROUP
 from obsinfra.alerting.promql import duration, expression, recordings
-from obsinfra.alerting.wording import step_template, summary_template, threshold_text, value_template
+from obsinfra.alerting.wording import filled, step_template, summary_template, threshold_text, value_template
 from obsinfra.catalog.alerts import ALERTS, Alert
+from obsinfra.catalog.conditions import label_names
 from obsinfra.run.files import write_atomic
 
 GROUP = "obsinfra"
@@ -58,19 +58,6 @@ def write_rules(path: Path, alerts: Sequence[Alert] = ALERTS, runbooks: str = RU
     write_atomic(path, render_rules(alerts, runbooks), mode=0o644)
 
 
-def check_rules(path: Path, alerts: Sequence[Alert] = ALERTS) -> str | None:
-    """None when `path` holds what `write_rules` would write, else the difference as a unified diff."""
-    found = path.read_text() if path.exists() else ""
-    wanted = render_rules(alerts)
-    if found == wanted:
-        return None
-    return "".join(
-        difflib.unified_diff(
-            found.splitlines(keepends=True), wanted.splitlines(keepends=True), str(path), "generated"
-        )
-    )
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes text of several lines as a block, as a person would."""
 
@@ -100,8 +87,20 @@ def _rule(alert: Alert, runbooks: str) -> dict[str, Any]:
 
 
 def rule_labels(alert: Alert) -> dict[str, str]:
-    """The labels a firing carries on top of its series' own."""
+    """The labels of the rule: they go on top of its series' own; an empty one takes that away.
+
+    The label `action` asks for an action, of the sidecar and in what people read. A series that has one of its
+    own, because it counts commands, asks for none: its label is called `command` in the alert.
+    """
     labels: dict[str, str] = {"severity": alert.severity, "scope": alert.scope}
+    if "action" in label_names(alert.condition):
+        labels |= {"command": "{{ $labels.action }}", "action": ""}
     if alert.action is not None:
         labels["action"] = alert.action.name
     return labels
+
+
+def firing_labels(alert: Alert, series: Mapping[str, str]) -> dict[str, str]:
+    """The labels of a firing, its name apart, for a series with these labels."""
+    own = {name: filled(text, series) for name, text in rule_labels(alert).items()}
+    return {name: value for name, value in {**series, **own}.items() if value}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from obsinfra.alerting.prometheus_rules import rule_labels, write_rules
+from obsinfra.alerting.prometheus_rules import firing_labels, write_rules
 from obsinfra.alerting.wording import plain_number
 from obsinfra.catalog.alerts import ALERTS, Alert
 from obsinfra.catalog.conditions import (
@@ -387,7 +387,7 @@ def _as_promtool_test(alert: Alert, scene: Scene, pace: Pace) -> dict[str, Any]:
                     {
                         "labels": "ALERTS"
                         + _selector(
-                            {"alertname": alert.name, "alertstate": str(state)} | labels | rule_labels(alert)
+                            {"alertname": alert.name, "alertstate": str(state)} | firing_labels(alert, labels)
                         ),
                         "value": 1,
                     }

@@ -22,9 +22,12 @@ def summary_template(alert: Alert) -> str:
 
 def summary_for_people(alert: Alert, labels: Mapping[str, str]) -> str:
     """The summary with threshold and `{{ $labels.x }}` filled in; an absent label is empty text."""
-    return re.sub(
-        r"\{\{\s*\$labels\.(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), summary_template(alert)
-    )
+    return filled(summary_template(alert), labels)
+
+
+def filled(template: str, labels: Mapping[str, str]) -> str:
+    """A template of Prometheus that names labels, `{{ $labels.x }}`, and does nothing else, filled in."""
+    return re.sub(r"\{\{\s*\$labels\.(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), template)
 
 
 def threshold_text(alert: Alert) -> str:

@@ -6,14 +6,20 @@ Settings, monitor and generators get the table they work with from here. Knows t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 from obsinfra.catalog.actions import ACTIONS
 from obsinfra.catalog.alerts import ALERTS, BY_KEY, Alert, Severity
-from obsinfra.catalog.conditions import window_of, with_window
+from obsinfra.catalog.conditions import Always, window_of, with_window
 from obsinfra.errors import ConfigError
+
+LONGEST_SECONDS = 366 * 86_400.0
+"""Nobody waits longer; and Prometheus knows no duration of some centuries."""
+
+_LEAST, _MOST = -sys.float_info.max, sys.float_info.max
 
 
 def alert_table(
@@ -64,11 +70,26 @@ def _changed(alert: Alert, field: str, value: Any, where: str) -> Alert:
         raise ConfigError(f"{what} {name} = {value}", str(error), f"correct it under {where}") from None
 
 
-def _number(value: Any, least: float = -math.inf) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value < least:
-        raise ValueError("a finite number" if least == -math.inf else f"a number of at least {least:g}")
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not _LEAST <= value <= _MOST:
+        raise ValueError("a finite number")
     return float(value)
+
+
+def _seconds(value: Any, least: float) -> float:
+    try:
+        seconds = _number(value)
+    except ValueError:
+        seconds = math.inf
+    if not least <= seconds <= LONGEST_SECONDS:
+        raise ValueError(f"a number from {least:g} to {LONGEST_SECONDS:g}")
+    return seconds
+
+
+def _with_threshold(alert: Alert, value: Any) -> Alert:
+    if isinstance(alert.condition, Always):
+        raise ValueError("no threshold here: this alert always fires")
+    return replace(alert, threshold=_number(value))
 
 
 def _one_of(value: Any, allowed: tuple[str, ...]) -> Any:
@@ -81,11 +102,13 @@ def _with_window(alert: Alert, value: Any) -> Alert:
     if not window_of(alert.condition):
         keys = ", ".join(alert.key for alert in ALERTS if window_of(alert.condition))
         raise ValueError(f"no window here: this alert looks at the present; with a window: {keys}")
-    return replace(alert, condition=with_window(alert.condition, _number(value, 1.0)))
+    return replace(alert, condition=with_window(alert.condition, _seconds(value, 1.0)))
 
 
 def _with_action(alert: Alert, value: Any) -> Alert:
     name = _one_of(value, ("none", *ACTIONS))
+    if name != "none" and alert.scope == "stack":
+        raise ValueError("none: this alert speaks of no run that could be told to do something")
     return replace(alert, action=None if name == "none" else ACTIONS[name])
 
 
@@ -96,8 +119,8 @@ def _enabled(alert: Alert, value: Any) -> Alert:
 
 
 CHANGEABLE: dict[str, Callable[[Alert, Any], Alert]] = {
-    "threshold": lambda alert, value: replace(alert, threshold=_number(value)),
-    "for_seconds": lambda alert, value: replace(alert, for_seconds=_number(value, 0.0)),
+    "threshold": _with_threshold,
+    "for_seconds": lambda alert, value: replace(alert, for_seconds=_seconds(value, 0.0)),
     "window_seconds": _with_window,
     "severity": lambda alert, value: replace(alert, severity=_one_of(value, get_args(Severity))),
     "action": _with_action,

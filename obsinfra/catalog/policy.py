@@ -6,12 +6,12 @@ actions by their names; no run, no clock, no I/O.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from obsinfra.catalog import actions
+from obsinfra.catalog.alerts import BY_KEY, BY_NAME
 from obsinfra.errors import ConfigError
 
 MAX_STEPS = 10
@@ -138,9 +138,19 @@ def policy_with(changes: Mapping[str, Any], *, known_actions_only: bool = True) 
     responses = dict(policy.responses)
     for alert, response in _table(changes.get("alerts", {}), "policy.alerts").items():
         where = f"policy.alerts.{alert}"
+        if alert in BY_KEY:
+            name = BY_KEY[alert].name
+            raise ConfigError(f"[{where}]", f"the alert's name, [policy.alerts.{name}]", "correct it there")
         responses[alert] = _response(
             _table(response, where), where, responses.get(alert, Response()), known_actions_only
         )
+        row = BY_NAME.get(alert)
+        if row is not None and row.action is None and responses[alert].first is None:
+            raise ConfigError(
+                f"[{where}] without action, and the alert has none of its own",
+                "a first step for the further ones to follow",
+                f"add {where}.action",
+            )
     return replace(policy, cool_downs=cool_downs, responses=responses)
 
 
@@ -149,6 +159,8 @@ def _response(table: Mapping[str, Any], where: str, before: Response, known_only
     first = before.first
     if "action" in table:
         if table["action"] == NOTHING:
+            if more := sorted(set(table) - {"action"}):
+                raise ConfigError(f"{where}.{more[0]} with action none", "action alone", "remove one of them")
             return Response(Step(NOTHING))
         first = _step({key: value for key, value in table.items() if key != "escalate"}, where, known_only)
     elif "args" in table or "undo" in table:
@@ -227,8 +239,7 @@ def _truth(value: Any, where: str) -> bool:
 
 
 def _number(value: Any, where: str, most: float) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not 0 <= value <= most:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
         raise _wrong(where, value, f"a number from 0 to {most:g}")
     return float(value)
 

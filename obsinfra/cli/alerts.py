@@ -284,9 +284,9 @@ def _not_set_up(missing: list[str], url: str) -> ConfigError:
 
 
 def _stack(output_dir: Path, option: str) -> Any:
-    from obsinfra.deployment.native_stack import NativeStack
+    from obsinfra.deployment.which_stack import WhichStack
 
-    info = NativeStack(output_dir / ".stack").status()
+    info = WhichStack(output_dir).status()
     if info is None:
         raise ConfigError(
             f"no stack is up in {output_dir / '.stack'}", "a running one", f"'obsinfra up', or {option} URL"

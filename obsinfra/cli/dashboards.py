@@ -30,7 +30,8 @@ def register(app: typer.Typer) -> None:
 
 
 def write(folder: Folder = Path("grafana")) -> None:
-    """Write boards and provisioning, with [thresholds] and [alerts] of the environment or obsinfra.toml."""
+    """Write boards and provisioning, with the tables thresholds and alerts of the environment or
+    obsinfra.toml."""
     write_generated(_files(folder), console)
 
 

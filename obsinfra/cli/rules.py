@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 import tempfile
 from pathlib import Path
@@ -11,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from obsinfra.alerting.prometheus_rules import check_rules, render_rules, write_rules
+from obsinfra.alerting.prometheus_rules import render_rules, write_rules
 from obsinfra.alerting.rule_tests import write_rule_tests
 from obsinfra.catalog.alerts import Alert
-from obsinfra.cli.generated import check_generated, write_generated
+from obsinfra.cli.generated import check_generated, content_of, write_generated
 from obsinfra.config.resolve import resolve
 from obsinfra.errors import UserError
 
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def write(file: RulesFile = DEFAULT_FILE) -> None:
-    """Write the rules, with [thresholds] and [alerts] of the environment or obsinfra.toml."""
+    """Write the rules, with the tables thresholds and alerts of the environment or obsinfra.toml."""
     write_generated({file: render_rules(_table())}, console)
 
 
@@ -48,11 +49,13 @@ def check(file: RulesFile = DEFAULT_FILE) -> None:
 
 def diff(file: RulesFile = DEFAULT_FILE) -> None:
     """Show what 'rules write' would change; exit code 1 when there is something."""
-    difference = check_rules(file, _table())
-    if difference is None:
+    found, wanted = content_of(file) or "", render_rules(_table())
+    if found == wanted:
         console.print(f"{file} is up to date")
         return
-    for line in difference.splitlines():
+    for line in difflib.unified_diff(
+        found.splitlines(), wanted.splitlines(), str(file), "generated", lineterm=""
+    ):
         colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "default")
         console.print(f"[{colour}]{escape(line)}[/]", soft_wrap=True, highlight=False)
     raise typer.Exit(1)
@@ -65,8 +68,8 @@ def test(
 ) -> None:
     """Play series to every alert with promtool: it fires, waits and resolves as the table says.
 
-    The rules are made anew from the table, with [thresholds] and [alerts] of the environment or
-    obsinfra.toml; no file is read. Exit code 1 when a test fails.
+    The rules are made anew from the table, with the tables thresholds and alerts of the environment
+    or obsinfra.toml; no file is read. Exit code 1 when a test fails.
     """
     table = _table()
     with tempfile.TemporaryDirectory(prefix="obsinfra-rules-") as folder:

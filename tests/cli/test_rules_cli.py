@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.cli.main import app
+from obsinfra.errors import UserError
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt install prometheus)"
@@ -48,6 +49,16 @@ def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -
     assert stale.exit_code == 1 and "obsinfra rules write" in stale.stdout
     run("rules", "write")
     assert run("rules", "check").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["write", "check", "diff"])
+def test_a_file_that_is_none_is_no_crash(tmp_path: Path, command: str) -> None:
+    (tmp_path / "rules.yml").write_bytes(b"\xff")
+    folder = run("rules", command, "--file", "/")
+    assert isinstance(folder.exception, UserError) if command == "write" else folder.exit_code == 1
+    bytes_ = run("rules", command, "--file", "rules.yml")
+    assert bytes_.exit_code == (0 if command == "write" else 1)
+    assert isinstance(bytes_.exception, SystemExit | None)
 
 
 @needs_promtool

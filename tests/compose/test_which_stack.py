@@ -119,6 +119,21 @@ def test_a_trainer_listens_where_the_started_containers_reach_it_unless_told_oth
     assert reachable_settings(elsewhere) is elsewhere
 
 
+def test_what_asks_the_stack_asks_one_in_containers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_docker(tmp_path, monkeypatch, """echo '{"Service": "alertmanager", "State": "running"}'""")
+    stack = recorded(tmp_path / "runs", None)
+    record = json.loads((stack.folder / "compose.json").read_text())
+    record["ports"] = {"alertmanager": 1, "prometheus": 2}
+    (stack.folder / "compose.json").write_text(json.dumps(record))
+    alerts = Terminal("alerts", capsys, monkeypatch)
+    for command, address in (("list", "127.0.0.1:1"), ("test", "127.0.0.1:1"), ("history", "127.0.0.1:2")):
+        asked = alerts(command, "--output-dir", tmp_path / "runs")
+        assert asked.code == 2 and f"no answer from {'Pro' if command == 'history' else 'Al'}" in asked.err
+        assert address in asked.err
+
+
 @pytest.mark.parametrize("host", [None, "192.0.2.1"], ids=["docker-desktop", "bridge-is-gone"])
 def test_a_trainer_stays_on_loopback_where_no_bridge_is(tmp_path: Path, host: str | None) -> None:
     recorded(tmp_path, host)

@@ -118,6 +118,13 @@ def test_a_users_table_changes_what_it_names_and_leaves_the_rest(tmp_path: Path)
         ({"alerts": {"A": {"action": "stop", "args": {"x": 1}}}}, "unknown argument 'x' of stop"),
         ({"alerts": {"A": {"action": "stop", "args": {"grace_seconds": 0}}}}, "from 1 to 3600"),
         ({"alerts": {"A": {"action": "stop", "undo": True}}}, "an action that can be undone: pause"),
+        ({"alerts": {"A": {"action": "none", "args": {}}}}, "policy.alerts.A.args with action none"),
+        ({"alerts": {"step_time": {"action": "stop"}}}, "the alert's name, [policy.alerts.SlowStep]"),
+        (
+            {"alerts": {"GPUIdle": {"escalate": [{"action": "stop", "after_minutes": 1}]}}},
+            "[policy.alerts.GPUIdle] without action, and the alert has none of its own",
+        ),
+        ({"cool_down_seconds": 10**400}, "a number from 0 to 86400"),
         ({"alerts": {"A": {"escalate": {}}}}, "a list of at most 10 tables"),
         ({"alerts": {"A": {"escalate": [{"action": "stop"}]}}}, "escalate[0] without after_minutes"),
         ({"alerts": {"A": {"escalate": [{"after_minutes": 1}]}}}, "escalate[0] without action"),
