@@ -47,6 +47,7 @@ if [ "$quick" = no ]; then
   command -v strace >/dev/null || missing+=(strace)
   command -v dockerd >/dev/null || missing+=(docker.io)
   command -v iptables >/dev/null || missing+=(iptables)
+  command -v ip >/dev/null || missing+=(iproute2)
   if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "installing for the tests: ${missing[*]}"
     apt_install "${missing[@]}"

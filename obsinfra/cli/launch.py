@@ -11,6 +11,9 @@ from typing import Any
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, ObsinfraError
 
+BACKEND = "obsinfra-c10d"
+"""The rendezvous of `rendezvous.py`, which takes a second to import."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
@@ -43,7 +46,7 @@ class Launcher:
         """For torchrun."""
         given = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.rdzv_endpoint is not None:
-            given["rdzv_backend"] = "c10d"
+            given["rdzv_backend"] = BACKEND
         out = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
         if self.rdzv_endpoint is None:
             if self.nnodes not in (None, "1", "1:1"):
@@ -67,6 +70,9 @@ def launch(launcher: Launcher, flags: Mapping[str, Any], config: Path | None) ->
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser, run
 
+    from obsinfra.cli import rendezvous
+
+    rendezvous.register()
     command = ["train", *_typed(flags)]
     if config is not None:
         command += ["--config", str(config)]
@@ -85,7 +91,9 @@ def launch(launcher: Launcher, flags: Mapping[str, Any], config: Path | None) ->
             raise
         raise ConfigError(f"torchrun does not take this: {error}", "options as torchrun's") from error
     except RendezvousError as error:
-        raise ObsinfraError(f"the hosts did not meet at {launcher.rdzv_endpoint}: {error}") from error
+        raise ObsinfraError(
+            f"the hosts did not meet at {launcher.rdzv_endpoint}, or lost each other: {error}"
+        ) from error
     return 0
 
 

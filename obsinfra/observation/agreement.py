@@ -23,6 +23,9 @@ POLL_SECONDS = 0.05
 PROMISE_POLL_SECONDS = 0.002
 """How often a loop that waits at a boundary looks for the others' promises."""
 
+FAREWELL_SECONDS = 5.0
+"""How long a rank that leaves tries to tell the others why."""
+
 
 class Store(Protocol):
     """What is used of `torch.distributed`'s stores; `get` is only called for keys that exist."""
@@ -50,9 +53,27 @@ class Request:
     rank: int
 
 
-def farewell(why: str) -> str:
-    """What a rank leaves behind under `left/<rank>`."""
-    return json.dumps({"why": why[:1000], "at": time.time()})
+def say_farewell(store: Store, rank: int, why: str) -> None:
+    """Leave behind under `left/<rank>` why a rank takes part no more.
+
+    Not for long: where the store went with its host, or the link to it is cut, nobody is left to be told, and
+    a call of it would last as long as the store's own time-out.
+    """
+    note = json.dumps({"why": why[:1000], "at": time.time()})
+    problem = [f"no answer for {FAREWELL_SECONDS:.0f} s"]
+
+    def tell() -> None:
+        try:
+            store.set(f"left/{rank}", note)
+            problem.clear()
+        except Exception as error:  # torch's stores raise errors of their own kinds
+            problem[0] = str(error)[:200]
+
+    teller = threading.Thread(target=tell, name="obsinfra-farewell", daemon=True)
+    teller.start()
+    teller.join(FAREWELL_SECONDS)
+    if problem:
+        get_logger("system").warning("store_gone", error=problem[0])
 
 
 class Agreement:
@@ -159,11 +180,8 @@ class Agreement:
             self._stopping.set()
             self._wake.set()
             if threading.current_thread() is not self._thread and self._thread.is_alive():
-                self._thread.join(timeout=5)
-            try:
-                self._store.set(f"left/{self._rank}", farewell(why))
-            except Exception as error:  # the store went with its host: nobody is left to be told
-                self._log.warning("store_gone", error=str(error)[:200])
+                self._thread.join(FAREWELL_SECONDS)
+            say_farewell(self._store, self._rank, why)
 
     # ---- inside ----------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from obsinfra.backup.rng import seed_all
 from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Command
 from obsinfra.errors import ConfigError, ObsinfraError, PeerLostError, RanksDifferError, UserError
-from obsinfra.observation.agreement import Agreement, Request, Store, farewell
+from obsinfra.observation.agreement import Agreement, Request, Store, say_farewell
 from obsinfra.observation.shared_channel import Channel, SharedChannel
 from obsinfra.optimization.data_order import derived_seed
 from obsinfra.run.folder import MemberFolder, RunFolder
@@ -373,8 +373,7 @@ class Group:
         if self._agreement is not None:
             self._agreement.leave(why)
         else:
-            with contextlib.suppress(Exception):  # the store went with its host: nobody is left to be told
-                self._store.set(f"left/{self.rank}", farewell(why))
+            say_farewell(self._store, self.rank, why)
 
     # ---- inside ----------------------------------------------------------------------------------------
 

@@ -166,6 +166,7 @@ class DataParallel:
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=self._compression != "powersgd",  # whose hook fails on them
+            bucket_cap_mb=self._bucket_megabytes(model),
         )
         if self._compression == "bf16" and device.type != "cuda":
             raise ConfigError(
@@ -177,6 +178,14 @@ class DataParallel:
             wrapped.register_comm_hook(*_compressing(self._compression))
         self._own_time = OwnTime(wrapped)
         return wrapped
+
+    def _bucket_megabytes(self, model: nn.Module) -> int | None:
+        """Torch's own size, but for PowerSGD one bucket for all: its second exchange starts when the
+        first is answered, and of two buckets that may be in another order on each rank. NCCL's streams keep
+        an order; gloo takes one bucket's message for the other's, and the process ends."""
+        if self._compression != "powersgd":
+            return None
+        return 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """Parts as they are; an empty one is left out unless there is nothing else."""

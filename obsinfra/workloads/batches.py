@@ -74,12 +74,13 @@ class MapBatches:
         self.epoch = 0
         self.position = 0
         self._continue = False
-        self._rank, self._ranks = 0, 1
+        self._divided, self._rank, self._ranks = False, 0, 1
 
     def divide(self, rank: int, ranks: int) -> None:
         """Yield `Portion`s from here on: rank `rank`'s contiguous part of each batch. The position goes on
-        counting whole batches, so that it is the same for any number of ranks."""
-        self._rank, self._ranks = rank, ranks
+        counting whole batches, so that it is the same for any number of ranks, also of one: all that is left
+        of an elastic group."""
+        self._divided, self._rank, self._ranks = True, rank, ranks
 
     def __len__(self) -> int:
         if self.drop_last:
@@ -99,7 +100,7 @@ class MapBatches:
             loaded = self._load([part or indices[:1] for part, indices in zip(parts, whole, strict=True)])
             for batch, part, indices in zip(loaded, parts, whole, strict=True):
                 self.position += 1
-                yield batch if self._ranks == 1 else Portion(batch, len(part), len(indices))
+                yield Portion(batch, len(part), len(indices)) if self._divided else batch
         self._finish_epoch()
 
     def _part(self, indices: list[int]) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ class RankedRun:
 
     @contextmanager
     def launched(
-        self, *more: object, env: Mapping[str, str] | None = None
+        self, *more: object, env: Mapping[str, str] | None = None, inside: Sequence[str] = ()
     ) -> Iterator[subprocess.Popen[str]]:
-        """The launcher, which is gone with all ranks afterwards."""
+        """The launcher, which is gone with all ranks afterwards; started by the command `inside`, if any."""
         process = subprocess.Popen(
-            self.command(*more),
+            [*inside, *self.command(*more)],
             env=environment(env),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

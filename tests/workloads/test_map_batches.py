@@ -249,9 +249,6 @@ def test_ranks_divide_each_batch_without_overlap_or_loss(
     for rank, part in enumerate(divided):
         part.divide(rank, ranks)
     for batch, *portions in zip(whole, *divided, strict=True):
-        if ranks == 1:
-            assert [portion.tolist() for portion in portions] == [batch]
-            continue
         used = [portion for portion in portions if portion.rows]
         assert [sample for portion in used for sample in portion.batch.tolist()] == batch
         assert all(portion.rows == len(portion.batch) for portion in used)
