@@ -210,6 +210,7 @@ class Recorder:
         self._loss: float | None = None
         self._grad_norm: float | None = None
         self._samples = 0
+        self._told_step = -1
         self._bad = False
         self._alarmed = False
         self._late_bad_step: int | None = None
@@ -318,6 +319,15 @@ class Recorder:
         self._samples = 0
         self._bad = False
 
+    def leave_step(self) -> bool:
+        """The loop was left within a step: it counts if something was recorded of it. Says whether it does."""
+        done = self._step_started is not None and self._told_step == self.step
+        if done:
+            self.end_step()
+        else:
+            self.abandon_step()
+        return done
+
     def finish_untimed_step(self, seconds: float | None) -> None:
         """Close a step that was reported rather than timed.
 
@@ -394,6 +404,7 @@ class Recorder:
                     self._bad = self._alarmed = True
                     self.nonfinite += 1
         self._samples += samples
+        self._told_step = self.step
         if learning_rate is not None:
             self.learning_rate = learning_rate
         if metrics:

@@ -34,7 +34,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import Ack, Command
-from obsinfra.errors import NonFiniteLossError
+from obsinfra.errors import ConfigError, NonFiniteLossError
 from obsinfra.monitoring.logging_config import get_logger, set_context_source
 from obsinfra.monitoring.recorder import _Phase
 from obsinfra.monitoring.training_monitor import TrainingMonitor
@@ -191,6 +191,8 @@ class ObservedRun:
         self._signal_told = False
         self._moved = False
         self._epochs_counted = 0
+        self._epoch_open = False
+        self._calls = 0
         self._in_epochs = False
         self._pid = os.getpid()
         revision = git_revision()
@@ -321,18 +323,33 @@ class ObservedRun:
 
         Between two steps the run obeys: commands, signals, due snapshots and checkpoints. On a resumed run
         the iteration goes on where the checkpoint was taken. Called outside `epochs`, each call is one
-        epoch, and epochs that were complete are passed over.
+        epoch, and epochs that were complete are passed over. Within `epochs` there may be several calls in
+        an epoch, one after the other.
+
+        A loop may leave it early: the step it leaves counts if something was recorded of it, and the next
+        call begins the next epoch, or within `epochs` another pass. A run resumed from what was saved in
+        between goes on in the epoch it left: count with `position.batches_done`, not from zero.
 
         After a rollback the batches go on from its checkpoint. Within `epochs`, one into an earlier epoch
         ends the iteration instead (see `cut_short`); outside it, the earlier epochs' batches follow here.
+
+        Raises:
+            ConfigError: another loop over `steps` began inside a step of this one.
         """
         position, recorder, keeper, door = self.position, self._recorder, self.keeper, self._door
+        self._calls += 1
+        call = self._calls
         if not self._in_epochs:
+            if self._epoch_open and self.stop is None:
+                self._epoch_ended()
             self._epochs_counted += 1
             if self._epochs_counted <= position.epoch:
                 return
             self._beside()
             self.monitor.begin_epoch(position.epoch)
+            self._epoch_open = True
+        if self.stop is None and not position.begin_pass():
+            return
         if self.stop is None and self.monitor.state == "starting":
             if (restart := self.ranks.began(self._last_sign)) is not None:
                 self._tell_of_restart(restart)
@@ -347,11 +364,11 @@ class ObservedRun:
         begin_step = self.ranks.begin_step
         iterator: Iterator[Any] | None = None
         self._moved = False
-        epoch = position.epoch
+        begun_in = position.epoch, position.passes
         while self.stop is None:
             if self._moved:
                 self._moved, iterator = False, None
-                if position.epoch != epoch and self._in_epochs:
+                if (position.epoch, position.passes) != begun_in and self._in_epochs:
                     self.cut_short = True
                     return
             recorder.begin_step()
@@ -386,7 +403,18 @@ class ObservedRun:
                 self.monitor.begin_epoch(position.epoch)  # one that a rollback has led back to
                 self._moved = True
                 continue
-            yield batch
+            try:
+                yield batch
+            except GeneratorExit:  # by a break, a return, or an error in the loop's body
+                if call == self._calls and not self._ended and recorder.leave_step():
+                    position.batches_done += 1
+                raise
+            if call != self._calls:
+                raise ConfigError(
+                    "steps() was called again inside a step of its own",
+                    "one loop over steps() at a time",
+                    "let the inner loop go over its data without steps()",
+                )
             recorder.end_step()
             position.batches_done += 1
             self.after_step()
@@ -632,6 +660,7 @@ class ObservedRun:
             self.keeper.agreed(agreed.body["what"], self.position.epoch)
 
     def _epoch_ended(self) -> None:
+        self._epoch_open = False
         self.position.begin_epoch(self.position.epoch + 1)
         self.monitor.end_epoch()
         self._recorder.epoch = self.position.epoch

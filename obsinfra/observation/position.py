@@ -20,14 +20,18 @@ class DataPosition:
 
     Attributes:
         epoch: epoch under way, or the next one between two epochs.
-        batches_done: batches of this epoch whose step has finished.
-        exhausted: the epoch's data is used up; what may be left of the epoch is its validation.
+        passes: passes over data within this epoch that came to their end before the present one, where an
+            epoch has several (`begin_pass`).
+        batches_done: batches of this pass whose step has finished.
+        exhausted: the pass's data is used up; what may be left of the epoch is its validation.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.passes = 0
         self.batches_done = 0
         self.exhausted = False
+        self._passed_over = 0
         self._epoch_rng: Mapping[str, Any] | None = None
         self._generator_state: torch.Tensor | None = None
         self._loader: Any = None
@@ -48,6 +52,7 @@ class DataPosition:
         return {
             "generator_now": generator_now,
             "epoch": self.epoch,
+            "passes": self.passes,
             "batches_done": self.batches_done,
             "exhausted": self.exhausted,
             "epoch_rng": self._epoch_rng,
@@ -59,6 +64,8 @@ class DataPosition:
     def load_state_dict(self, state: Mapping[str, Any], rng: Mapping[str, Any]) -> None:
         """Continue from `state` at the next `iterate`; `rng` is the random state to have there."""
         self.epoch = int(state["epoch"])
+        self.passes = int(state.get("passes", 0))
+        self._passed_over = 0
         self.batches_done = int(state["batches_done"])
         self.exhausted = bool(state["exhausted"])
         self._epoch_rng = state["epoch_rng"]
@@ -73,7 +80,28 @@ class DataPosition:
 
     def begin_epoch(self, epoch: int) -> None:
         """A new epoch; the random state of its start is remembered."""
+        if self._resume is not None and self._passed_over:  # the pass to go on in did not come again
+            restore_rng_state(self._resume["rng"])
+            self._resume = None
         self.epoch = epoch
+        self.passes = self._passed_over = 0
+        self._begin()
+
+    def begin_pass(self) -> bool:
+        """The loop goes to data, for the first time in this epoch or once more.
+
+        Returns:
+            False for a pass that a resumed run had completed: it is to be passed over.
+        """
+        if self._resume is not None and self._passed_over < self.passes:
+            self._passed_over += 1
+            return False
+        if self._resume is None and self._epoch_rng is not None:  # one has begun
+            self.passes += 1
+            self._begin()
+        return True
+
+    def _begin(self) -> None:
         self.batches_done = 0
         self.exhausted = False
         self._epoch_rng = None

@@ -210,6 +210,85 @@ def test_without_epochs_each_call_of_steps_is_one_and_complete_ones_are_passed_o
     assert first.losses + second.losses == whole.losses
 
 
+def leave_early(run: ObservedRun, loop: Loop, stop_at: int | None = None) -> None:
+    """Three of the four batches of each epoch."""
+    for _ in range(3):
+        for batch in run.steps(loop.loader):
+            loop.step(run, batch)
+            if run.step + 1 == stop_at:
+                run.request_stop("enough")
+            elif run.position.batches_done == 2:
+                break
+    run.finish()
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 7])
+def test_a_loop_that_leaves_its_data_early_begins_the_next_epoch_and_goes_on_where_it_was(
+    tmp_path: Path, stop_at: int
+) -> None:
+    whole = Loop(Generated())
+    run = observe(whole.model, whole.optimizer, output_dir=tmp_path, run="whole", **QUIET)
+    leave_early(run, whole)
+    assert (run.step, run.position.epoch, run.position.batches_done) == (9, 2, 3)
+    first = Loop(Generated())
+    leave_early(
+        observe(first.model, first.optimizer, output_dir=tmp_path, run="cut", **QUIET), first, stop_at
+    )
+    second = Loop(Generated())
+    random.seed(97)
+    run = observe(second.model, second.optimizer, output_dir=tmp_path, run="cut", resume="auto", **QUIET)
+    assert (run.step, run.position.batches_done) == (stop_at, stop_at % 3)
+    leave_early(run, second)
+    assert run.step == 9
+    assert first.losses + second.losses == whole.losses
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 6, 7, 11])
+def test_several_passes_in_an_epoch_go_on_where_they_were(tmp_path: Path, stop_at: int) -> None:
+    """A stop inside the first pass, at its end, and in the second, of either epoch."""
+
+    def train(run: ObservedRun, loop: Loop, stop_at: int | None = None) -> None:
+        for _ in run.epochs(2):
+            for loader in (loop.loader, rows(6).split(3)):
+                for batch in run.steps(loader):
+                    loop.step(run, batch)
+                    if run.step + 1 == stop_at:
+                        run.request_stop("enough")
+        run.finish()
+
+    whole = Loop(Generated())
+    train(observe(whole.model, whole.optimizer, output_dir=tmp_path, run="whole", **QUIET), whole)
+    first = Loop(Generated())
+    train(observe(first.model, first.optimizer, output_dir=tmp_path, run="cut", **QUIET), first, stop_at)
+    second = Loop(Generated())
+    random.seed(97)
+    run = observe(second.model, second.optimizer, output_dir=tmp_path, run="cut", resume="auto", **QUIET)
+    train(run, second)
+    assert run.step == 12 and first.losses + second.losses == whole.losses
+
+
+def test_a_step_that_is_left_counts_if_something_was_recorded_of_it(tmp_path: Path) -> None:
+    loop = Loop(batches())
+    with observe(loop.model, output_dir=tmp_path, **QUIET) as run:
+        for _ in run.steps(loop.loader):
+            break
+        assert (run.step, run.position.batches_done) == (0, 0)
+        for batch in run.steps(loop.loader):
+            loop.step(run, batch)
+            break
+        assert (run.step, run.position.batches_done) == (1, 1)
+        assert run.monitor.recorder.seconds_in_step() is None
+
+
+def test_a_loop_inside_a_step_of_another_is_refused(tmp_path: Path) -> None:
+    loop = Loop(batches())
+    run = observe(loop.model, output_dir=tmp_path, **QUIET)
+    with pytest.raises(ConfigError, match=r"steps\(\) was called again inside a step of its own"), run:
+        for _ in run.steps(loop.loader):
+            for batch in run.steps(loop.loader):
+                loop.step(run, batch)
+
+
 def test_a_loader_that_lost_data_is_refused(tmp_path: Path) -> None:
     first = Loop(batches())
     first.train(observe(first.model, output_dir=tmp_path, run="cut", **QUIET), stop_at=3)
