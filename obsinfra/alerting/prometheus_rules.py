@@ -89,8 +89,8 @@ def _rule(alert: Alert, runbooks: str) -> dict[str, Any]:
 def rule_labels(alert: Alert) -> dict[str, str]:
     """The labels of the rule: they go on top of its series' own; an empty one takes that away.
 
-    The label `action` asks for an action, of the sidecar and in what people read. A series that has one of its
-    own, because it counts commands, asks for none: its label is called `command` in the alert.
+    The label `action` asks for an action, of the sidecar and in what people read. A series that has one of
+    its own, because it counts commands, asks for none: its label is called `command` in the alert.
     """
     labels: dict[str, str] = {"severity": alert.severity, "scope": alert.scope}
     if "action" in label_names(alert.condition):

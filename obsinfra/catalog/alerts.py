@@ -518,8 +518,8 @@ _PROGRESS = (
         scope="rank",
         action=None,
         summary="Rank {{ $labels.rank }} works {threshold} times as long per step as the median rank",
-        description="One rank is slower than its peers by what of a step waits for no other rank; where steps "
-        "are synchronous, all wait for it.",
+        description="One rank is slower than its peers by what of a step waits for no other rank; where "
+        "steps are synchronous, all wait for it.",
     ),
     Alert(
         name="DataStarvation",

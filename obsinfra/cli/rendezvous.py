@@ -1,10 +1,10 @@
 """torchrun's c10d rendezvous, with one store for all groups of a launch, whoever joins or leaves.
 
 torchrun (torch 2.13) lets the host of rank 0 serve a store, and has it tell the address only in the first
-round it takes part in. A host that comes later waits for that in vain, and where it becomes rank 0, the others
-go on with the store they had. Here the address is the rendezvous endpoint's from the start: a store that is
-there already, reachable for all hosts, and bound to survive. It is registered by torch's interface for
-rendezvous handlers; everything else is torch's own.
+round it takes part in. A host that comes later waits for that in vain, and where it becomes rank 0, the
+others go on with the store they had. Here the address is the rendezvous endpoint's from the start: a store
+that is there already, reachable for all hosts, and bound to survive. It is registered by torch's interface
+for rendezvous handlers; everything else is torch's own.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def _stragglers(alerts: Mapping[str, Alert]) -> list[Panel]:
             unit="none",
             cell_unit="s",
             about="One row per rank, coloured by what of its median step waits for no other rank: green is "
-            "fast, red is slow. A row of another colour is a straggler; a column is something that struck all.",
+            "fast, red is slow. A row of another colour is a straggler; a column is something that struck "
+            "all.",
             mentions=named(alerts, "StragglerRank"),
         ),
         lines(

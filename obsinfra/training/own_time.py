@@ -38,8 +38,8 @@ class OwnTime:
     def backward(self, loss: Tensor) -> float:
         """Run backward; its own seconds, less those that forward passes before it waited.
 
-        Engine callbacks run in the order in which they were queued: one that is queued with the first gradient
-        runs before DDP's, which waits for the exchange.
+        Engine callbacks run in the order in which they were queued: one that is queued with the first
+        gradient runs before DDP's, which waits for the exchange.
         """
         self._computed = None
         loss.register_hook(self._on_first_gradient)  # type: ignore[no-untyped-call]
