@@ -320,7 +320,7 @@ class Recorder:
         self._bad = False
 
     def leave_step(self) -> bool:
-        """The loop was left within a step: it counts if something was recorded of it. Says whether it does."""
+        """The loop was left within a step, which counts if something was recorded of it. Whether it does."""
         done = self._step_started is not None and self._told_step == self.step
         if done:
             self.end_step()
