@@ -140,7 +140,9 @@ BUILD_INFO = _gauge(
 # Time
 STEP_DURATION_SECONDS = _histogram("step_duration_seconds", "Wall time of a step.", STEP_BUCKETS)
 STEP_TIME_SECONDS = _gauge(
-    "step_time_seconds", "Slowest of the steps that ended in the last 15 seconds and the one still running."
+    "step_time_seconds",
+    "Slowest of the steps that ended in the last 15 seconds and the one still running; of the first step of "
+    "a process that compiles its model, what goes beyond 300 s.",
 )
 STEP_MEDIAN_SECONDS = _gauge("step_median_seconds", "Smoothed median of the step durations.")
 STEP_OWN_MEDIAN_SECONDS = _gauge(

@@ -178,6 +178,8 @@ class Recorder:
         own_time_known: whether the phases `data`, `rollout` and `forward` wait for no other rank and this
             process's clock sees them. Not so on a GPU, which works on after the call that started it has
             returned, nor where each block's parameters are gathered from all ranks.
+        first_step_allowance: seconds that the first step of this process may take before it counts as slow:
+            what a compiler works in it.
     """
 
     def __init__(self, *, trace_every: int = 100) -> None:
@@ -193,6 +195,7 @@ class Recorder:
         self.alarm_norm = math.inf
         self.on_alarm: Callable[[], None] | None = None
         self.own_time_known = True
+        self.first_step_allowance = 0.0
 
         self._trace_every = trace_every
         self._slow_seconds = math.inf
@@ -443,7 +446,7 @@ class Recorder:
                 self._last_ended = record.ended
                 self.steps += 1
                 self.samples += record.samples
-                self._slowest.see(record.ended, seconds)
+                self._slowest.see(record.ended, self._beyond_allowance(seconds, first=self.steps == 1))
                 self._see(record.ended, record.loss, record.grad_norm)
                 bad = _nonfinite(record.loss) or _nonfinite(record.grad_norm)
                 if record.phases is not None or bad:
@@ -521,9 +524,12 @@ class Recorder:
             slowest = self._slowest.value
         started = self._step_started
         if started is not None:
-            running = perf_counter() - started
+            running = self._beyond_allowance(perf_counter() - started, first=self._ended_steps == 0)
             return running if slowest is None else max(slowest, running)
         return slowest
+
+    def _beyond_allowance(self, seconds: float, *, first: bool) -> float:
+        return max(0.0, seconds - self.first_step_allowance) if first else seconds
 
     def median_step_seconds(self) -> float:
         """Smoothed median of step durations; 0 before the first fold with steps."""

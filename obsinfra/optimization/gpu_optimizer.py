@@ -36,6 +36,9 @@ from obsinfra.optimization.precision import Precision, choose_devices, choose_pr
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[nn.Module], Tensor]
 
+COMPILE_SECONDS = 300.0
+"""What a first step with a compiler in it may take before it counts as slow."""
+
 
 class GpuOptimizer:
     """Hardware choices, made. `create_gpu_optimizer` makes it.
@@ -284,8 +287,11 @@ class GpuOptimizer:
         return made
 
     def watch(self, monitor: TrainingMonitor) -> None:
-        """Export through `monitor` what is known here, at each of its scrapes."""
+        """Export through `monitor` what is known here, at each of its scrapes. A first step that
+        compiles a model is not called slow before `COMPILE_SECONDS`."""
         self._monitor = monitor
+        if any(compilation.reason is None for compilation in self.compilations.values()):
+            monitor.recorder.first_step_allowance = COMPILE_SECONDS
         for name in self.compilations:
             self._tell(name)
         monitor.add_source(self.samples)

@@ -446,6 +446,23 @@ def test_a_hanging_step_is_the_slowest_while_it_hangs(clock: Clock) -> None:
     assert (recorder.step_time(), recorder.seconds_in_step()) == (40.5, 40.5)
 
 
+def test_a_compiler_may_work_in_the_first_step_but_not_for_ever(clock: Clock) -> None:
+    recorder = Recorder()
+    recorder.first_step_allowance = 300.0
+    recorder.begin_step()
+    clock.pass_(200.0)
+    assert (recorder.step_time(), recorder.seconds_in_step()) == (0.0, 200.0)
+    clock.pass_(120.0)
+    assert recorder.step_time() == 20.0
+    recorder.end_step()
+    recorder.fold()
+    assert recorder.step_time() == 20.0
+    take_steps(recorder, clock, 1, 30.0)
+    assert recorder.bucket_counts and recorder.step_time() == 20.0  # until it is folded
+    recorder.fold()
+    assert recorder.step_time() == 30.0
+
+
 def test_the_largest_loss_of_the_window_is_kept(clock: Clock) -> None:
     recorder = Recorder()
     recorder.fold()

@@ -22,6 +22,7 @@ from obsinfra.optimization.attention_kernels import BACKENDS, measure_attention,
 from obsinfra.optimization.batch_size import find_batch_size
 from obsinfra.optimization.cpu_threads import tune_threads
 from obsinfra.optimization.fused_optimizers import create_optimizer
+from obsinfra.optimization.gpu_optimizer import COMPILE_SECONDS
 from obsinfra.optimization.timing import Timing, time_in_turns
 
 CPU = torch.device("cpu")
@@ -115,6 +116,14 @@ def test_the_layout_is_really_measured() -> None:
     assert found.channels_last == (found.speedup >= memory_layout.WORTH_RATIO)
     gpu.optimize_model(nn.Linear(2, 2), "line", loss=lambda model: model(torch.ones(1, 2)).sum())
     assert gpu.layouts["line"].reason == "no convolution over images"
+
+
+def test_the_first_step_of_a_compiled_model_is_not_called_slow() -> None:
+    for compiled, allowance in (("off", 0.0), ("on", COMPILE_SECONDS)):
+        gpu = create_gpu_optimizer(device="cpu", mixed_precision=False, compile_model=compiled)
+        gpu.optimize_model(nn.Linear(2, 2), "line")
+        gpu.watch(monitor := TrainingMonitor("m", metrics_port=0))
+        assert monitor.recorder.first_step_allowance == allowance
 
 
 def test_what_was_chosen_is_in_the_log_of_the_run_that_watches(caplog: pytest.LogCaptureFixture) -> None:
