@@ -101,16 +101,19 @@ class ControlChannel:
     def _serve(self) -> None:
         door = self._socket
         prune_due = time.monotonic() + PRUNE_SECONDS
+        inbox_due = 0.0
         while not self._stopping.is_set():
             try:
                 if time.monotonic() > prune_due:
                     prune_due = time.monotonic() + PRUNE_SECONDS
                     self._ledger.prune(time.time())
                 if door is not None:
-                    door.poll(POLL_SECONDS)
+                    door.poll(max(0.0, min(POLL_SECONDS, inbox_due - time.monotonic())))
                 else:
                     self._stopping.wait(POLL_SECONDS)
-                self._inbox.poll()
+                if time.monotonic() >= inbox_due:  # not for each message at the socket
+                    self._inbox.poll()
+                    inbox_due = time.monotonic() + POLL_SECONDS
             except Exception as error:  # whatever comes through a door must not close it
                 self._log.error("control_channel_error", exc_info=error)
                 self._stopping.wait(POLL_SECONDS)
@@ -138,22 +141,26 @@ class ControlChannel:
         except RefusedError as refused:
             known, present = self._known(refused.command.id)
             if known is not None and (known.final or present):
-                return known  # a replay hears what became of the first one
+                return self._again(known, door)  # a replay hears what became of the first one
             if known is not None and known.state == "running":
                 return self._settle(refused.command, "failed", _INTERRUPTED)
             return self._settle(refused.command, refused.state, str(refused))
         except CommandError as error:
             self._on_garbage(door, str(error))
             return None
-        return self.submit(command)
+        return self.submit(command, door=door)
 
-    def submit(self, command: Command) -> Ack:
-        """Queue a command that was checked already; returns `accepted`, or what is known of its id."""
+    def submit(self, command: Command, *, door: str | None = None) -> Ack:
+        """Queue a command that was checked already; returns `accepted`, or what is known of its id.
+
+        `accepted` is written to `acks/` for who waits at the inbox alone: others are told, and to a later
+        process it says no more than no ack.
+        """
         accepted = Ack(command.id, "accepted", self._rank, at=time.time())
         with self._admitting:  # one at a time, so that of two with the same id the second finds the first
             known, present = self._known(command.id)
             if known is not None and (known.final or present):
-                return known
+                return self._again(known, door)
             with self._lock:
                 full, ended = len(self._waiting) >= MAX_WAITING, self._ended
                 self._open[command.id] = accepted
@@ -164,7 +171,8 @@ class ControlChannel:
             elif full:
                 refused = "rejected", f"{MAX_WAITING} commands wait already; try again later"
             elif not ended:
-                self._record(accepted)
+                if door == "inbox":
+                    self._record(accepted)
                 with self._lock:
                     ended = self._ended  # while the disk wrote
                     if not ended:
@@ -175,6 +183,15 @@ class ControlChannel:
             return self._settle(command, *refused)
         self._on_arrival()
         return accepted
+
+    def _again(self, known: Ack, door: str | None) -> Ack:
+        """A repetition through the inbox looks for its ack in `acks/`, where `accepted` may not be yet."""
+        if door == "inbox" and known.state == "accepted":
+            with self._lock:  # `running` is noted under it before it is written, so this cannot come later
+                known = self._open.get(known.id, known)
+                if known.state == "accepted":
+                    self._record(known)
+        return known
 
     # ---- out -----------------------------------------------------------------------------------------
 
@@ -221,6 +238,9 @@ class ControlChannel:
     ) -> None:
         """Say how far a command has come: durably, and to whoever listens.
 
+        `running` is durable before this returns, so before the command takes effect: that keeps it from being
+        executed again. A final ack is told first and written then, for who asks later.
+
         Never raises: not for a full disk, nor for a result or an error that is no JSON or very long.
         """
         self._say(Ack(id, state, self._rank, step, result, error, time.time()))
@@ -229,12 +249,14 @@ class ControlChannel:
         ack = bounded(ack)
         with self._lock:
             self._open[ack.id] = ack
-        if self._record(ack) and ack.final:  # known by its file from here on
-            with self._lock:
-                self._open.pop(ack.id, None)
+        if not ack.final:
+            self._record(ack)
         if self._socket is not None:
             self._socket.publish(ack)
         if ack.final:
+            if self._record(ack):  # known by its file from here on
+                with self._lock:
+                    self._open.pop(ack.id, None)
             self._inbox.settled(ack.id)
         return ack
 

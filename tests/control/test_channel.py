@@ -170,6 +170,42 @@ def test_a_repetition_between_the_last_ack_and_its_file_takes_no_effect(
     assert ledger_of(folder, sent).state == "done"
 
 
+def test_the_end_is_told_over_the_socket_before_the_disk_has_it(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `running` the other way round: it is on the disk before the command takes effect."""
+    sent, on_disk = command(), threading.Event()
+    record = AckLedger.record
+
+    def slowly(ledger: AckLedger, ack: Ack) -> None:
+        assert not ack.final or on_disk.wait(20)
+        record(ledger, ack)
+
+    monkeypatch.setattr(AckLedger, "record", slowly)
+    with channel_of(folder) as (channel, _), Caller(folder) as caller:
+        caller.say(line(sent))
+        assert taken(channel) == sent
+        channel.ack(sent.id, "running")
+        assert ledger_of(folder, sent).state == "running"
+        with ThreadPoolExecutor(1) as loop:
+            ending = loop.submit(channel.ack, sent.id, "done")
+            assert caller.states(3) == ["accepted", "running", "done"]
+            assert not ending.done() and ledger_of(folder, sent).state == "running"
+            caller.say(line(sent))
+            assert caller.hear()["state"] == "done" and channel.take() == []
+            on_disk.set()
+    assert ledger_of(folder, sent).state == "done"
+
+
+def test_who_waits_at_the_inbox_for_a_command_of_the_socket_finds_it_accepted(folder: RunFolder) -> None:
+    sent = command()
+    with channel_of(folder) as (channel, _):
+        for door in ("socket", "inbox"):
+            ack = send_command(folder, sent, door=door, timeout_seconds=20, wait_for="accepted")  # type: ignore[arg-type]
+            assert ack.state == "accepted"
+        assert channel.take() == [sent]
+
+
 def test_a_malformed_repetition_does_not_change_what_became_of_the_first(folder: RunFolder) -> None:
     sent = command()
     with channel_of(folder) as (channel, heard), Caller(folder) as caller:

@@ -206,8 +206,7 @@ def test_what_is_safe_at_any_time_is_done_while_the_main_thread_hangs(loop: Loop
             and report["process"]["resident_bytes"] > 50e6
         )
         assert loop.do("set_log_level", level="debug")["before"] == "info"
-        last = AckLedger(loop.run.folder.acks).last(waiting.id)
-        assert last is not None and last.state == "accepted"  # it waits for the loop, and nobody says done
+        assert loop.run.channel.waiting() == [waiting]  # for the loop, and nobody says done
         loop.hang.clear()
         loop.release.set()
         wait_for(lambda: loop.run.monitor.state == "paused", "the pause after the hang")
