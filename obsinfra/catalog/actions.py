@@ -260,7 +260,8 @@ DUMP_STACKS = Action(
     ),
     at="any_time",
     details="Leaves `logs/stacks-<time>.txt`: each thread's Python frames and what the kernel says it "
-    "waits for, the child processes, and native frames by `py-spy dump --native`. Without "
+    "waits for, the child processes, and native frames by `py-spy dump --native`; of several ranks "
+    "also `logs/collectives-rank<N>-<time>.json`, the last collectives each has called. Without "
     "py-spy, or where the kernel does not allow it (a container needs the capability "
     "SYS_PTRACE), the file and the result say so. A thread that holds the interpreter's lock "
     "in native code keeps this from being done, too: then run py-spy by hand.",

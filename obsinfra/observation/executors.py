@@ -20,6 +20,7 @@ from obsinfra.errors import CheckpointError, CommandError
 from obsinfra.monitoring.logging_config import get_logger, set_log_level
 from obsinfra.observation import rollback
 from obsinfra.observation.actions import NOT_COMMITTED, Executor, Order, Steps, where
+from obsinfra.observation.flight_record import dump_collectives
 from obsinfra.observation.keeper import Committed, Kind, Request, Saving
 from obsinfra.observation.memory_report import live_tensors, memory_report
 from obsinfra.observation.profiling import ProfileFiles, profile_steps
@@ -94,8 +95,10 @@ def _profile(run: ObservedRun, order: Order) -> Steps:
 
 def _dump_stacks(run: ObservedRun, order: Order) -> Result:
     dump = dump_stacks(run.folder.logs, native=order.arguments["native"])
+    record = dump_collectives(run.folder.logs, run.ranks.rank)
     return {
         "stacks": str(dump.path),
+        **({"collectives": str(record.path), "last_collective": record.last} if record else {}),
         "threads": dump.threads,
         "native": dump.native,
         "loop_in": run.monitor.recorder.in_step_phase(),

@@ -8,7 +8,6 @@ The trainer and anybody's plain loop use the same object. What is not on the ste
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
 import os
 import shutil
@@ -42,6 +41,7 @@ from obsinfra.observation.actions import Actions, Order, where
 from obsinfra.observation.agreement import Request as Agreed
 from obsinfra.observation.alert_duty import AlertDuty
 from obsinfra.observation.executors import EXECUTORS
+from obsinfra.observation.flight_record import dump_collectives
 from obsinfra.observation.keeper import Keeper, Kind, Request
 from obsinfra.observation.learning_rate import LearningRateScale
 from obsinfra.observation.position import DataPosition
@@ -577,8 +577,7 @@ class ObservedRun:
             "training_failed", at_step=self.step, error=reason, exc_info=error, terminal=False
         )
         if cause_of([reason]) == "timeout":  # a collective that one of the ranks did not come to
-            with contextlib.suppress(OSError):
-                dump_stacks_plainly(self.folder.logs)
+            self._keep_evidence()
         if not isinstance(error, NonFiniteLossError):  # that one was raised after saving
             self.keeper.commit_snapshot(Request.now(reason))
         self.finish("failed", reason)
@@ -704,6 +703,18 @@ class ObservedRun:
 
     # ---- when the loop cannot be reached -------------------------------------------------------------
 
+    def _keep_evidence(self) -> Path | None:
+        """What a hang is understood by: all stacks, whose file is returned, and the last collectives."""
+        stacks: Path | None = None
+        try:
+            stacks = dump_stacks_plainly(self.folder.logs)
+            record = dump_collectives(self.folder.logs, self.ranks.rank)
+            if record is not None:
+                self._system_log.warning("collectives_kept", path=str(record.path), last=record.last)
+        except OSError as problem:
+            self._system_log.error("stacks_not_written", error=str(problem))
+        return stacks
+
     def _overdue(self) -> None:
         """The watchdog's thread: no boundary within the grace. Save what there is and say so."""
         with self._acting:
@@ -716,11 +727,7 @@ class ObservedRun:
                 return
             started = time.time()
             phase = self._recorder.in_step_phase()
-            stacks: Path | None = None
-            try:
-                stacks = dump_stacks_plainly(self.folder.logs)
-            except OSError as problem:
-                self._system_log.error("stacks_not_written", error=str(problem))
+            stacks = self._keep_evidence()
             asked = [f"signal {self._signalled[0]}"] if self._signalled else []
             asked += [Order(command, {}).reason for command in commands]
             reason = f"{'; '.join(asked)}; no step boundary in time (in {phase})"

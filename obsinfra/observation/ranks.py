@@ -27,6 +27,7 @@ from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Command
 from obsinfra.errors import ConfigError, ObsinfraError, PeerLostError, RanksDifferError, UserError
 from obsinfra.observation.agreement import Agreement, Request, Store, say_farewell
+from obsinfra.observation.flight_record import start_recording
 from obsinfra.observation.shared_channel import Channel, SharedChannel
 from obsinfra.optimization.data_order import derived_seed
 from obsinfra.run.folder import MemberFolder, RunFolder
@@ -443,6 +444,7 @@ def join(timeout_seconds: float) -> Ranks:
     launch = Launch.from_environment()
     if launch is None:
         return Alone()
+    start_recording()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -73,4 +74,9 @@ def test_a_rank_that_hangs_is_shown_and_the_group_goes_on_without_its_hang(tmp_p
     assert run.info().state == "stopped", output
     stacks = [path.read_text() for path in run.folder.logs.glob("stacks-*.txt")]
     assert any("rank_faults.py" in text and "in wait" in text for text in stacks), stacks
+    kept = [run.events(rank, "system", "collectives_kept")[0] for rank in range(2)]
+    entries = [json.loads(Path(event["path"]).read_text())["entries"] for event in kept]
+    reached = [max(entry["collective_seq_id"] for entry in of_rank) for of_rank in entries]
+    assert reached[0] > reached[1]  # what rank 0 waits in, the rank that hangs never came to
+    assert kept[0]["last"] == f"{reached[0]} gloo:all_reduce {entries[0][-1]['input_sizes'][0]}"
     assert run.events(0, "system", "group_formed_again")[0]["at_step"] > 0
