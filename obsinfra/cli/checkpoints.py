@@ -564,11 +564,11 @@ def _table(*columns: str) -> Table:
 
 
 def _print_table(table: Table) -> None:
-    """Off a terminal a row is one line, whatever the width."""
-    if console.is_terminal:
+    """A row is one line off a terminal, and on a narrow one, which wraps it where it ends."""
+    if console.is_terminal and console.width >= 120:
         console.print(table)
-    else:
-        console.print(table, width=max(console.width, 200), crop=False)
+    else:  # not by `width=` of the console's own print, which never goes beyond what it takes for its width
+        Console(width=max(console.width, 200)).print(table, crop=False)
 
 
 @contextlib.contextmanager

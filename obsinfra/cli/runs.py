@@ -177,6 +177,11 @@ def command(
         raise ConfigError(f"door {door!r}", "auto, socket or inbox", "correct --door")
     given = _parsed(row, arguments or [])
     folder = find(output_dir, run)
+    if door != "inbox" and folder.present_state(folder.read_info()) == "dead":
+        raise CommandError(
+            f"the trainer of run {folder.id} is dead; expected a running one; fix: go on with it by --resume "
+            f"{folder.id}, or leave the command for whoever does by --door inbox"
+        )
     sent = new_command(folder.id, action, source="cli", reason=reason, args=given, lifetime_seconds=timeout)
     ack = send_command(
         folder,

@@ -2,7 +2,8 @@
 
 `training` is what the model does, `performance` how fast, `system` what happened around it. `errors` gets
 what is logged to it, and a copy of every warning or worse of the other three. Before `configure_logging`
-(a library use) events go to the standard library's loggers `obsinfra.<channel>`: the host program decides.
+(a library use) events go to the standard library's loggers `obsinfra.<channel>`: the host program decides;
+`log_beside` writes the files all the same.
 """
 
 from __future__ import annotations
@@ -127,25 +128,63 @@ def configure_logging(
     """
     global _sink
     least, shown = _level(level), max(_level(level), _level(terminal_level))
-    identity = {key: value for key, value in (("run", run), ("model", model)) if value} | {"rank": rank}
-    files: dict[str, RotatingFile] = {}
-    if log_dir is not None:
-        try:
-            log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for channel in CHANNELS:
-                path = of_rank(log_dir / f"{channel}.jsonl", rank)
-                files[channel] = RotatingFile(path, max_bytes=max_bytes, backups=backups)
-                files[channel].open()
-        except OSError as error:
-            for file in files.values():
-                file.close()
-            raise ConfigError(
-                f"cannot write logs to {log_dir}: {error.strerror or error}",
-                "a writable folder",
-                "choose another --output-dir",
-            ) from error
+    files = _open_files(log_dir, rank, max_bytes, backups) if log_dir is not None else {}
     shutdown_logging()
-    _sink = _Sink(files, identity, least, shown if terminal else None)
+    _sink = _Sink(files, _identity(run, model, rank), least, shown if terminal else None)
+
+
+def log_beside(
+    log_dir: Path, *, level: str = "info", run: str = "", model: str = "", rank: int = 0
+) -> Callable[[], None]:
+    """In a program that configures its own logging: write this package's events to the run's files, too.
+
+    They go to the standard library's loggers as before. Does nothing after `configure_logging`, or while
+    another run of this process does it.
+
+    Args:
+        log_dir, level, run, model, rank: as for `configure_logging`.
+
+    Returns:
+        What ends it.
+
+    Raises:
+        ConfigError: unknown level, or a file cannot be opened.
+    """
+    global _sink
+    least = _level(level)
+    if _sink is not None:
+        return lambda: None
+    files = _open_files(log_dir, rank, MAX_BYTES, BACKUPS)
+    _sink = mine = _Sink(files, _identity(run, model, rank), least, None, beside=True)
+
+    def end() -> None:
+        if _sink is mine:
+            shutdown_logging()
+
+    return end
+
+
+def _identity(run: str, model: str, rank: int) -> dict[str, Any]:
+    return {key: value for key, value in (("run", run), ("model", model)) if value} | {"rank": rank}
+
+
+def _open_files(log_dir: Path, rank: int, max_bytes: int, backups: int) -> dict[str, RotatingFile]:
+    files: dict[str, RotatingFile] = {}
+    try:
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for channel in CHANNELS:
+            path = of_rank(log_dir / f"{channel}.jsonl", rank)
+            files[channel] = RotatingFile(path, max_bytes=max_bytes, backups=backups)
+            files[channel].open()
+    except OSError as error:
+        for file in files.values():
+            file.close()
+        raise ConfigError(
+            f"cannot write logs to {log_dir}: {error.strerror or error}",
+            "a writable folder",
+            "choose another --output-dir",
+        ) from error
+    return files
 
 
 def shutdown_logging() -> None:
@@ -157,7 +196,12 @@ def shutdown_logging() -> None:
 
 
 class _Sink:
-    """The configured files and terminal. `write` never raises."""
+    """The configured files and terminal. `write` never raises.
+
+    Args:
+        beside: the standard library's loggers are somebody else's: nothing is taken from them, and they get
+            our events as if nothing were configured.
+    """
 
     def __init__(
         self,
@@ -165,8 +209,11 @@ class _Sink:
         identity: Mapping[str, Any],
         least: int,
         terminal_least: int | None,
+        *,
+        beside: bool = False,
     ) -> None:
         self.least = least
+        self.beside = beside
         self._files = files
         self._identity = identity
         self._terminal_least = terminal_least
@@ -174,19 +221,22 @@ class _Sink:
         self._handler = _FromStandardLibrary(self)
         root = logging.getLogger()
         self._root_level = root.level
-        root.addHandler(self._handler)
-        root.setLevel(min(root.level, least))  # never hides a record from a handler of somebody else
+        if not beside:
+            root.addHandler(self._handler)
+            root.setLevel(min(root.level, least))  # never hides a record from a handler of somebody else
 
     def set_least(self, least: int) -> str:
         before, self.least = self.least, least
-        self._handler.setLevel(least)
-        logging.getLogger().setLevel(min(self._root_level, least))
+        if not self.beside:
+            self._handler.setLevel(least)
+            logging.getLogger().setLevel(min(self._root_level, least))
         return _level_name(before)
 
     def close(self) -> None:
-        root = logging.getLogger()
-        root.removeHandler(self._handler)
-        root.setLevel(self._root_level)
+        if not self.beside:
+            root = logging.getLogger()
+            root.removeHandler(self._handler)
+            root.setLevel(self._root_level)
         with self.lock:
             for file in self._files.values():
                 file.close()
@@ -277,7 +327,7 @@ def _route(logger: Any, method: str, event: MutableMapping[str, Any]) -> NoRetur
     sink = _sink
     if sink is not None:
         sink.write(level, channel, values, exc_info)
-    else:
+    if sink is None or sink.beside:
         values.pop("terminal", None)
         name = str(values.pop("event", ""))
         host = logging.getLogger(f"obsinfra.{channel}")

@@ -34,7 +34,7 @@ from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import Ack, Command
 from obsinfra.errors import ConfigError, NonFiniteLossError
-from obsinfra.monitoring.logging_config import get_logger, set_context_source
+from obsinfra.monitoring.logging_config import get_logger, log_beside, set_context_source
 from obsinfra.monitoring.recorder import _Phase
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.observation.actions import Actions, Order, where
@@ -203,6 +203,13 @@ class ObservedRun:
         ranks.share("folder", self.folder.create)  # rank 0 makes it; its errors are everyone's
         self.folder.create()
         ranks.share("lock", self.folder.lock)
+        self._end_logging = log_beside(
+            self.folder.logs,
+            level=settings.log_level,
+            run=self.folder.id,
+            model=model_name,
+            rank=ranks.rank,
+        )
         self.channel = ranks.channel(
             self.folder,
             on_garbage=self._on_garbage,
@@ -285,6 +292,7 @@ class ObservedRun:
             self._close_doors()
             self.keeper.close(CLOSE_SECONDS)
             self.monitor.stop_monitoring()
+            self._end_logging()
             self.folder.unlock()
             if made:
                 shutil.rmtree(self.folder.root, ignore_errors=True)
@@ -561,6 +569,7 @@ class ObservedRun:
         self.card.show_state(state, reason)
         self.monitor.stop_monitoring()
         self.card.note_progress(self.step, self.position.epoch)
+        self._end_logging()
         self.folder.unlock()
         atexit.unregister(self.finish)
         if sys.excepthook == self._excepthook:

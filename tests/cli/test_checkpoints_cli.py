@@ -376,3 +376,13 @@ def test_what_two_ranks_sharded_is_shown_and_exported_whole(run: Terminal, tmp_p
 def test_a_path_works_as_a_run_folder_or_a_store(run: Terminal, backup: BackupSystem) -> None:
     assert run("list", "./runs/alpha").out == run("list", "./runs/alpha/checkpoints").out
     assert run("list", "./runs/alpha").out == run("list", "alpha").out
+
+
+def test_a_row_is_one_line_off_a_terminal_whatever_its_width(
+    run: Terminal, backup: BackupSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands.console, "_width", 80)
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = run("list", "alpha").out.splitlines()
+    assert rows[0].split() == ["checkpoint", "epoch", "step", "made", "(UTC)", "MB", "tags", "why"]
+    assert [row.split()[0] for row in rows[1:]] == [path.stem for path in backup.store.manifest_paths()]

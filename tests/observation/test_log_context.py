@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -53,3 +55,27 @@ def test_after_the_run_events_belong_to_no_run(tmp_path: Path) -> None:
     shutdown_logging()
     [event] = [json.loads(line) for line in (tmp_path / "logs" / "system.jsonl").read_text().splitlines()]
     assert "step" not in event and "trace_id" not in event
+
+
+def test_a_plain_loops_events_are_in_its_folder_and_in_the_programs_own_logging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(2, 1)
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    caplog.set_level("INFO", "obsinfra")
+    run = observe(model, output_dir=tmp_path, run="mine", disable_monitoring=True)
+    get_logger("training").warning("odd", number=7)
+    logging.getLogger("somebody").warning("not ours")
+    assert (list(root.handlers), root.level) == before
+    run.finish()
+    get_logger("training").warning("after its end")
+    texts = {
+        channel: (run.folder.logs / f"{channel}.jsonl").read_text()
+        for channel in ("training", "performance", "errors", "system")
+    }
+    event = json.loads(texts["training"])
+    assert (event["event"], event["number"], event["run"], event["step"]) == ("odd", 7, "mine", 0)
+    assert json.loads(texts["errors"]) == event
+    assert "run_ended" in texts["system"] and "not ours" not in texts["system"]
+    assert "odd number=7" in caplog.messages and "after its end" in caplog.messages

@@ -1,0 +1,40 @@
+"""`obsinfra runs | command …` about runs whose trainer is gone."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from terminal import Terminal
+
+from obsinfra.run.folder import RunFolder
+
+
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run on this host that says it is running, whose process is not there."""
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(tmp_path / "runs" / "alpha")
+    folder.create()
+    document = {
+        "version": 1, "id": "alpha", "model": "digits", "state": "running",
+        "started": "2026-01-01T00:00:00+00:00", "host": socket.gethostname(), "world_size": 1,
+        "processes": {"0": {"pid": 2**22 + 1, "created": 1.0}}, "metrics_urls": {}, "git_revision": None,
+        "epochs": 1, "restarts": 0, "parent": None, "ended": None, "reason": None,
+    }  # fmt: skip
+    folder.run_json.write_text(json.dumps(document))
+    return folder
+
+
+def test_a_command_to_a_dead_run_is_refused_at_once_and_left_for_the_next_trainer_by_the_inbox(
+    killed: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Terminal("command", capsys, monkeypatch)
+    refused = run("alpha", "checkpoint", "--timeout", "600")
+    assert refused.code == 1 and "the trainer of run alpha is dead" in refused.err
+    assert list(killed.inbox.glob("*.json")) == []
+    left = run("alpha", "checkpoint", "--door", "inbox", "--timeout", "0.2")
+    assert left.code == 1 and "did not answer" in left.err
+    assert len(list(killed.inbox.glob("*.json"))) == 1
