@@ -17,6 +17,7 @@ from pathlib import Path
 from obsinfra.control.client import NoAnswerError, NotUnderstoodError, send_command
 from obsinfra.control.command import FINAL_STATES, Ack
 from obsinfra.control.journal import CommandEntry, Journal
+from obsinfra.control.ledger import AckLedger
 from obsinfra.errors import ConfigError, ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.run.folder import ENDED_STATES, RunFolder
@@ -32,11 +33,11 @@ FIRST_RETRY_SECONDS, LATEST_RETRY_SECONDS = 0.2, 5.0
 
 OUTCOMES = (*sorted(FINAL_STATES), "undelivered", "unacknowledged")
 """The trainer's final ack; or `undelivered`: the run ended or could not be reached before the command
-expired; or `unacknowledged`: handed over, and no final ack in time."""
+expired; or `unacknowledged`: handed over, and no word in time that it was begun or ended."""
 
 
 class Deliverer:
-    """Sends commands, each until its final ack or its expiry.
+    """Sends commands, each until its final ack or its expiry; what was begun, as long as its trainer lives.
 
     Args:
         output_dir: the folder of runs.
@@ -88,6 +89,10 @@ class Deliverer:
                 )
                 outcome = ack.state
             except NoAnswerError as error:
+                if _under_way(folder, command.id):
+                    if self._stopping.is_set():
+                        return
+                    continue
                 outcome = "unacknowledged"
                 self._log.error("unacknowledged", id=command.id, label_run=command.run, error=str(error))
             except NotUnderstoodError as error:
@@ -105,6 +110,15 @@ class Deliverer:
         except sqlite3.Error as error:  # delivered all the same; after a restart the run says so again
             self._log.error("journal_not_written", id=command.id, error=str(error))
         self._settled(entry, outcome, ack)
+
+
+def _under_way(folder: RunFolder, id: str) -> bool:
+    """Whether a trainer that lives is at it: it may take longer than the command was valid."""
+    ack = AckLedger(folder.acks).last(id)
+    try:
+        return ack is not None and ack.state == "running" and folder.lives(folder.read_info())
+    except ConfigError:
+        return False
 
 
 def _over(folder: RunFolder) -> bool:

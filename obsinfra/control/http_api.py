@@ -16,7 +16,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from obsinfra.catalog.actions import ACTIONS, MAX_TEXT
-from obsinfra.control.command import ID_PATTERN, MAX_COMMAND_BYTES
+from obsinfra.control.command import ID_PATTERN
 from obsinfra.control.gate import Gate
 from obsinfra.control.history import Event, EventKind, events_of, grafana_annotations
 from obsinfra.control.journal import AlertEntry, CommandEntry, Firing
@@ -288,8 +288,6 @@ def create_router(sidecar: Sidecar, gate: Gate) -> APIRouter:
                 fresh, made = sidecar.give(
                     run, wanted.action, wanted.args, reason=wanted.reason, source=source, id=wanted.id
                 )
-                if len(made.to_json()) > MAX_COMMAND_BYTES:
-                    raise HTTPException(422, f"args and reason; expected {MAX_COMMAND_BYTES} bytes at most")
                 if not await asyncio.wrap_future(fresh):
                     response.status_code = 200
             except CommandError as error:

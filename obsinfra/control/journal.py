@@ -132,12 +132,12 @@ class Pages:
         """Whether a command of that id was taken on before."""
         return self._cursor.execute("SELECT 1 FROM commands WHERE id = ?", (id,)).fetchone() is not None
 
-    def count(self, run: str, action: str, since: float) -> int:
-        """Commands of this action for this run since then that were done or may still be."""
+    def count(self, run: str, action: str, since: float, until: float) -> int:
+        """Commands of this action for this run in that time that were done or may still be."""
         found = self._cursor.execute(
-            "SELECT count(*) FROM commands WHERE run = ? AND received_at > ? AND action = ?"
-            " AND (outcome IS NULL OR outcome = 'done')",
-            (run, since, action),
+            "SELECT count(*) FROM commands WHERE run = ? AND received_at > ? AND received_at < ?"
+            " AND action = ? AND (outcome IS NULL OR outcome = 'done')",
+            (run, since, until, action),
         ).fetchone()
         return int(found[0])
 

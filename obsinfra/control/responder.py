@@ -21,7 +21,13 @@ from typing import Any, Literal
 from obsinfra.catalog import metrics as catalog
 from obsinfra.catalog.actions import ACTIONS, EMERGENCY_CHECKPOINT
 from obsinfra.catalog.policy import DEFAULT_POLICY, Policy, Step
-from obsinfra.control.command import Ack, Command, new_command
+from obsinfra.control.command import (
+    CLOCK_SKEW_SECONDS,
+    MAX_COMMAND_BYTES,
+    Ack,
+    Command,
+    new_command,
+)
 from obsinfra.control.delivery import OUTCOMES, Deliverer
 from obsinfra.control.journal import AlertEntry, CommandEntry, Firing, Journal, Pages
 from obsinfra.control.run_watch import RunWatch, SeenRun
@@ -294,10 +300,11 @@ class Sidecar:
         """Why the policy lets this action wait for this run now; None when it does not."""
         if self.policy.dry_run:
             return "dry_run"
-        if pages.count(run, action, now - self.policy.cool_down(action)):
+        until = now + CLOCK_SKEW_SECONDS  # what lies beyond is from before the clock was set back
+        if pages.count(run, action, now - self.policy.cool_down(action), until):
             return "cool_down"
         most = self.policy.emergency_checkpoints_per_hour
-        if action == EMERGENCY_CHECKPOINT.name and pages.count(run, action, now - HOUR) >= most:
+        if action == EMERGENCY_CHECKPOINT.name and pages.count(run, action, now - HOUR, until) >= most:
             return "hourly_limit"
         return None
 
@@ -395,7 +402,7 @@ class Sidecar:
             Whether it is new, once it is durable, and the command.
 
         Raises:
-            CommandError: the run is not live, or this is a dry run.
+            CommandError: the run is not live, the command is too big, or this is a dry run.
         """
         if self.policy.dry_run:
             raise CommandError("a dry run; expected a sidecar without dry_run")
@@ -404,6 +411,8 @@ class Sidecar:
             raise CommandError(f"run {run} is {seen.state if seen else 'unknown'}; expected a live one")
         id = id or f"api-{time.time_ns() // 1_000_000}-{secrets.token_hex(4)}"
         command = new_command(run, action, source=source, reason=reason, args=args, id=id)
+        if len(command.to_json().encode()) > MAX_COMMAND_BYTES:
+            raise CommandError(f"args and reason; expected {MAX_COMMAND_BYTES} bytes at most")
         entry = CommandEntry(command, "", command.issued_at, command.issued_at)
 
         def deliver(fresh: bool) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import stat
 import threading
 import time
 from collections import Counter
@@ -252,6 +253,8 @@ class RunWatch:
             status = os.stat(place)
         except OSError as error:  # a link that leads in a circle, or an entry that went: no run
             raise FileNotFoundError(place) from error
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
+            raise ConfigError(f"{place} is no file", "a run.json written by a trainer")
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         folder = RunFolder(self._output_dir / name)
         known = self._read.get(name)

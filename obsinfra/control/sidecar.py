@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import ipaddress
+import os
 import re
 import secrets
 import socket
@@ -249,7 +251,7 @@ def run_sidecar(settings: SidecarSettings) -> None:
 
     Raises:
         ConfigError: the address is taken, not this machine's, or too wide for no TLS; or state, token,
-            certificate or key cannot be used.
+            certificate or key cannot be used; or another sidecar uses the same state.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     wide = not (settings.trusted_network or _is_loopback(settings.host))
@@ -261,6 +263,7 @@ def run_sidecar(settings: SidecarSettings) -> None:
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     if page is None:
         page = f"{scheme}://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else url
+    _hold(settings.state_dir)
     sidecar, alertmanager = _create_sidecar(settings, page)
     configure_logging(settings.state_dir / "logs", run="", model="sidecar", terminal_level="info")
     get_logger("system").info(
@@ -284,6 +287,25 @@ def run_sidecar(settings: SidecarSettings) -> None:
         ssl_keyfile=settings.tls_key,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _hold(state_dir: Path) -> None:
+    """Be the one sidecar of this state folder until the end of the process.
+
+    Two would deliver each other's commands, and the first to end would take away the heartbeats of both.
+    """
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another sidecar keeps its journal in {state_dir}",
+            "one sidecar for a folder of runs",
+            "stop it first, as with 'obsinfra down'",
+        ) from None
+    except OSError as error:  # no locks on this file system; what else is wrong shows at the journal
+        get_logger("system").warning("sidecar_not_locked", folder=str(state_dir), error=str(error))
 
 
 def _checked_page(url: str | None) -> str | None:

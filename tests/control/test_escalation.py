@@ -18,14 +18,14 @@ import pytest
 import record_payloads
 from sidecar_face import AT_ONCE, Face
 from sidecar_tools import ago, alert
-from trainer_double import run_folder, trainer
+from trainer_double import command, run_folder, trainer
 from waiting import wait_for
 
 from obsinfra.catalog import metrics as catalog
 from obsinfra.catalog.policy import Policy, Response, Step
 from obsinfra.control.command import Command
 from obsinfra.control.firing_check import FiringCheck
-from obsinfra.control.journal import Firing
+from obsinfra.control.journal import CommandEntry, Firing
 from obsinfra.deployment.native_stack import find_binary
 
 HOT = Policy(
@@ -284,6 +284,16 @@ def test_the_sidecar_takes_steps_by_itself(scenes: Any) -> None:
 
 
 # ---- cool-down and limit -----------------------------------------------------------------------------
+
+
+def test_what_was_done_before_the_clock_was_set_back_holds_nothing_back(scenes: Any) -> None:
+    """Else no emergency checkpoint were made until the clock has caught up."""
+    scene = scenes(Policy(emergency_checkpoints_per_hour=1))
+    later = time.time() + 3_600.0
+    before = CommandEntry(command("emergency_checkpoint"), "", later, later, outcome="done")
+    scene.face.sidecar.journal.add([], [before])
+    assert scene.face.decide(alert()) == {"accepted": 1}
+    assert scene.face.decide(alert(fingerprint="another")) == {"cool_down": 1}
 
 
 def test_what_was_done_a_moment_ago_counts_for_every_alert_that_asks_for_it(scenes: Any) -> None:

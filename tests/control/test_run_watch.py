@@ -110,6 +110,15 @@ def test_a_malformed_run_json_hides_no_other_run(
     assert states[-1] == {"unreadable": 1, "running": 1}
 
 
+def test_a_run_json_that_is_a_pipe_keeps_nobody_waiting(tmp_path: Path, watch: RunWatch) -> None:
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "run.json")
+    run_folder(tmp_path, "sound")
+    watch.start()
+    assert [run.folder.id for run in watch.runs()] == ["sound"]
+    assert watch.find("pipe") is None
+
+
 def test_an_address_that_is_none_does_not_spoil_the_list(tmp_path: Path, watch: RunWatch) -> None:
     """Prometheus refuses the whole list for one target without an address or a label that is no text."""
     run_folder(tmp_path, "odd", metrics_urls={"0": "nonsense"})

@@ -26,6 +26,9 @@ from waiting import wait_for
 
 from obsinfra.catalog import metrics as catalog
 from obsinfra.control import delivery, gate, idle_connections, responder
+from obsinfra.control.channel import ControlChannel
+from obsinfra.control.client import NoAnswerError
+from obsinfra.control.command import Command
 from obsinfra.control.journal import CommandEntry, Journal
 from obsinfra.control.responder import ALERT_DECISIONS
 from obsinfra.control.webhook import WebhookAlert
@@ -438,6 +441,50 @@ def test_a_command_nobody_acknowledges_is_counted_as_such(
     assert face.sidecar.journal.commands()[0].outcome == "unacknowledged"
     labels = {"action": "emergency_checkpoint", "outcome": "unacknowledged"}
     assert face.sidecar.instruments.get(catalog.SIDECAR_COMMANDS, **labels) == 1
+
+
+@pytest.mark.parametrize("door", ["socket", "inbox"])
+@pytest.mark.parametrize("ends", [True, False], ids=["it-ends", "its-trainer-dies"])
+def test_what_takes_longer_than_a_command_is_valid_is_waited_for_while_its_trainer_lives(
+    face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str, ends: bool
+) -> None:
+    """A checkpoint of many gigabytes on slow storage, a profile of a thousand slow steps."""
+    monkeypatch.setattr(delivery, "LATEST_ACK_SECONDS", 0.1)
+    monkeypatch.setattr(responder, "COMMAND_SECONDS", 0.5)
+    over = threading.Event()
+    waited: list[Any] = []
+    send = delivery.send_command
+
+    def seen(*given: Any, **more: Any) -> Any:
+        try:
+            return send(*given, **more)
+        except NoAnswerError as error:
+            waited.append(error)
+            raise
+
+    def slow(channel: ControlChannel, command: Command) -> None:
+        channel.ack(command.id, "running", step=7)
+        over.wait(60)
+        if ends:
+            channel.ack(command.id, "done", step=7)
+
+    monkeypatch.setattr(delivery, "send_command", seen)
+    folder = run_folder(tmp_path)
+    with trainer(folder, slow) as executed:
+        if door == "inbox":
+            folder.socket.unlink()
+        assert face.decide(alert()) == {"accepted": 1}
+        try:
+            wait_for(lambda: len(waited) >= 3, "it is waited for, again and again")
+            assert face.sidecar.journal.commands()[0].outcome is None
+            if not ends:
+                folder.update_info(processes={})
+                wait_for(lambda: face.sidecar.journal.waiting() == [], "given up")
+        finally:
+            over.set()
+        wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+        assert len(executed) == 1
+    assert face.sidecar.journal.commands()[0].outcome == ("done" if ends else "unacknowledged")
 
 
 def test_a_message_the_trainer_cannot_read_is_not_sent_again(face: Face, tmp_path: Path) -> None:

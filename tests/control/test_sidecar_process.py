@@ -294,6 +294,18 @@ def test_a_damaged_journal_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert "cannot keep the journal" in refused(tmp_path)
 
 
+def test_a_second_sidecar_of_the_same_state_does_not_start_and_the_first_goes_on(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    with sidecar(tmp_path) as process:
+        process.client.get("/sd")
+        wait_for(folder.heartbeat.exists, "a heartbeat")
+        assert f"another sidecar keeps its journal in {process.state_dir}" in refused(tmp_path)
+        assert folder.heartbeat.exists()
+        process.end(signal.SIGKILL)
+        process.start()  # the lock went with the process
+
+
 def test_a_sidecar_ends_with_what_it_began(folder: RunFolder, tmp_path: Path) -> None:
     """SIGTERM during a delivery: the process ends promptly, and the command stays in the journal."""
     with sidecar(tmp_path) as process, channel_of(folder) as (channel, heard):
