@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from obsinfra.control.command import MAX_COMMAND_BYTES, Ack, Command, parse_ack
@@ -45,6 +46,7 @@ def send_command(
     door: Door = "auto",
     timeout_seconds: float = 60.0,
     wait_for: Literal["accepted", "final"] = "final",
+    taken: Callable[[], None] = lambda: None,
 ) -> Ack:
     """Give `command` to the run and wait for its ack.
 
@@ -54,6 +56,7 @@ def send_command(
             socket, and the inbox where it is closed or breaks. The id keeps it from taking effect twice.
         timeout_seconds: how long to wait.
         wait_for: `accepted` returns at the first ack.
+        taken: called at each ack: the run has the command.
 
     Raises:
         NoAnswerError: no such ack in time.
@@ -63,17 +66,19 @@ def send_command(
     deadline = time.monotonic() + timeout_seconds
     if door != "inbox":
         try:
-            return _by_socket(folder, command, deadline, wait_for)
+            return _by_socket(folder, command, deadline, wait_for, taken)
         except _DoorClosed as closed:
             if door == "socket":
                 raise CommandError(
                     f"the control socket of run {folder.id} is closed ({closed}); "
                     "expected a running trainer; fix: try --door inbox"
                 ) from None
-    return _by_inbox(folder, command, deadline, wait_for)
+    return _by_inbox(folder, command, deadline, wait_for, taken)
 
 
-def _by_socket(folder: RunFolder, command: Command, deadline: float, wait_for: str) -> Ack:
+def _by_socket(
+    folder: RunFolder, command: Command, deadline: float, wait_for: str, taken: Callable[[], None]
+) -> Ack:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.closing(connection):
         try:
@@ -89,8 +94,10 @@ def _by_socket(folder: RunFolder, command: Command, deadline: float, wait_for: s
             if newline:
                 unread = rest
                 ack = _answer(line)
-                if ack.id == command.id and (ack.final or wait_for == "accepted"):
-                    return ack
+                if ack.id == command.id:
+                    taken()
+                    if ack.final or wait_for == "accepted":
+                        return ack
                 continue
             left = deadline - time.monotonic()
             if left <= 0:
@@ -119,7 +126,9 @@ def _answer(line: bytes) -> Ack:
         raise
 
 
-def _by_inbox(folder: RunFolder, command: Command, deadline: float, wait_for: str) -> Ack:
+def _by_inbox(
+    folder: RunFolder, command: Command, deadline: float, wait_for: str, taken: Callable[[], None]
+) -> Ack:
     ledger = AckLedger(folder.acks)
     if (known := ledger.last(command.id)) is not None and known.final:
         return known
@@ -130,9 +139,10 @@ def _by_inbox(folder: RunFolder, command: Command, deadline: float, wait_for: st
         raise CommandError(f"cannot write {target}: {error.strerror or error}") from error
     look_again = time.monotonic() + RUN_POLL_SECONDS
     while True:
-        ack = ledger.last(command.id)
-        if ack is not None and (ack.final or wait_for == "accepted"):
-            return ack
+        if (ack := ledger.last(command.id)) is not None:
+            taken()
+            if ack.final or wait_for == "accepted":
+                return ack
         now = time.monotonic()
         if now > deadline:
             raise _no_answer(folder, command)

@@ -11,7 +11,9 @@ import random
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from obsinfra.control.client import NoAnswerError, NotUnderstoodError, send_command
@@ -52,14 +54,31 @@ class Deliverer:
         self._journal = journal
         self._settled = settled
         self._waiting: queue.SimpleQueue[CommandEntry | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._lines: dict[str, deque[CommandEntry]] = {}
         self._stopping = threading.Event()
         self._log = get_logger("system")
         for number in range(WORKERS):
             threading.Thread(target=self._work, name=f"obsinfra-delivery-{number}", daemon=True).start()
 
     def deliver(self, entry: CommandEntry) -> None:
-        """Begin to deliver; returns at once."""
+        """Begin to deliver; returns at once. A run gets its commands in this order, whatever delays one."""
+        run = entry.command.run
+        with self._lock:
+            if run in self._lines:
+                self._lines[run].append(entry)
+                return
+            self._lines[run] = deque()
         self._waiting.put(entry)
+
+    def _next(self, run: str) -> None:
+        """The run has the command whose turn it was, or will never have it."""
+        with self._lock:
+            following = self._lines[run].popleft() if self._lines[run] else None
+            if following is None:
+                del self._lines[run]
+        if following is not None:
+            self._waiting.put(following)
 
     def stop(self) -> None:
         """Begin no further delivery; workers end, each after the one under way."""
@@ -69,12 +88,15 @@ class Deliverer:
 
     def _work(self) -> None:
         while (entry := self._waiting.get()) is not None and not self._stopping.is_set():
+            turn = _Once(partial(self._next, entry.command.run))
             try:
-                self._deliver(entry)
+                self._deliver(entry, turn)
             except Exception as error:  # a worker that ends would leave later commands undelivered
                 self._log.error("delivery_error", id=entry.command.id, exc_info=error)
+            finally:
+                turn()
 
-    def _deliver(self, entry: CommandEntry) -> None:
+    def _deliver(self, entry: CommandEntry, turn: Callable[[], None]) -> None:
         command = entry.command
         folder = RunFolder(self._output_dir / command.run)
         ack: Ack | None = None
@@ -86,6 +108,7 @@ class Deliverer:
                     folder,
                     command,
                     timeout_seconds=max(0.0, command.expires_at - time.time()) + LATEST_ACK_SECONDS,
+                    taken=turn,
                 )
                 outcome = ack.state
             except NoAnswerError as error:
@@ -110,6 +133,18 @@ class Deliverer:
         except sqlite3.Error as error:  # delivered all the same; after a restart the run says so again
             self._log.error("journal_not_written", id=command.id, error=str(error))
         self._settled(entry, outcome, ack)
+
+
+class _Once:
+    """Calls `do` at the first call, and never again."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do, self._done = do, False
+
+    def __call__(self) -> None:
+        if not self._done:
+            self._done = True
+            self._do()
 
 
 def _under_way(folder: RunFolder, id: str) -> bool:

@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sidecar_face import AT_ONCE, Face
+from sidecar_face import AT_ONCE, AUTHORIZED, Face
 from sidecar_tools import TOKEN, ago, alert, notification
 from trainer_double import channel_of, command, run_folder, trainer
 from waiting import wait_for
@@ -410,6 +410,25 @@ def test_a_trainer_that_cannot_be_reached_for_a_moment_is_tried_again(
         wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
         assert len(executed) == 1
     assert face.sidecar.journal.commands()[0].outcome == "done"
+
+
+def test_a_run_gets_its_commands_in_order_though_it_could_not_be_reached_for_a_moment(
+    face: Face, tmp_path: Path
+) -> None:
+    """Else it might hear `resume` before the `pause` that came first, and stay paused."""
+    folder = run_folder(tmp_path)
+    folder.inbox.rmdir()
+    folder.inbox.write_text("in the way")
+    wanted = ["pause", "resume"] * 4
+    for number, action in enumerate(wanted):
+        body = json.dumps({"action": action, "id": f"{9 - number}"})
+        answer = face.ask("POST", "/v1/runs/r1/commands", content=body, headers=AUTHORIZED)
+        assert answer.status_code == 202, answer.text
+    folder.inbox.unlink()
+    folder.inbox.mkdir(mode=0o700)
+    with trainer(folder) as executed:
+        wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+        assert [command.action for command in executed] == wanted
 
 
 def test_a_run_that_ends_before_its_command_reached_it_is_not_tried_again(face: Face, tmp_path: Path) -> None:
