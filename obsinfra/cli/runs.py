@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -19,6 +20,7 @@ from obsinfra.control.action_plugins import load_action_plugins
 from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
 from obsinfra.errors import CommandError, ConfigError, UserError
+from obsinfra.run.files import of_rank
 from obsinfra.run.folder import RunFolder, find_run, scan_runs
 
 console = Console()
@@ -127,6 +129,8 @@ def status(
                 ", ".join(alert["name"] for alert in live["alerts"] if alert["state"] == "firing") or "–",
             ),
         ]
+    if live is not None and len(info.metrics_urls) > 1:
+        rows += [(f"rank {rank}", url) for rank, url in sorted(info.metrics_urls.items(), key=_by_rank)]
     for name, value in rows:
         console.print(f"[bold]{name:<12}[/]{escape(value)}", soft_wrap=True)
 
@@ -137,24 +141,49 @@ def logs(
     channel: Annotated[str, typer.Option(help=f"One of {', '.join(CHANNELS)}.")] = "training",
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written.")] = False,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045 - typer reads it at run time
+        typer.Option(min=0, help="Of this rank alone; else of all, by time."),
+    ] = None,
 ) -> None:
     """The run's structured log, one JSON document a line."""
     if channel not in CHANNELS:
         raise ConfigError(f"channel {channel!r}", f"one of {', '.join(CHANNELS)}", "correct --channel")
-    path = find(output_dir, run).logs / f"{channel}.jsonl"
-    if not path.exists():
+    folder = find(output_dir, run).logs
+    files = {path: path.open() for path in _logs(folder, channel, rank)}
+    if not files:
+        of = "" if rank is None else f" of rank {rank}"
         raise ConfigError(
-            f"no log at {path}", "a run that has logged to this channel", "try --channel system"
+            f"no log of {channel}{of} in {folder}",
+            "a run that has logged to this channel",
+            "try --channel system" if rank is None else "leave out --rank",
         )
-    with path.open() as file:
-        for line in file.readlines()[-lines:]:
-            print(line, end="")
-        while follow:
-            line = file.readline()
-            if line:
+    found = [line for file in files.values() for line in deque(file, maxlen=lines)]
+    for line in sorted(found, key=_logged_at)[-lines:]:
+        print(line, end="")
+    while follow:
+        for path in _logs(folder, channel, rank):  # of ranks that came later, too
+            if path not in files:
+                files[path] = path.open()
+            for line in files[path]:
                 print(line, end="", flush=True)
-            else:
-                time.sleep(0.3)
+        time.sleep(0.3)
+
+
+def _by_rank(item: tuple[str, str]) -> int:
+    return int(item[0])
+
+
+def _logs(folder: Path, channel: str, rank: int | None) -> list[Path]:
+    first = folder / f"{channel}.jsonl"
+    if rank is not None:
+        return [path] if (path := of_rank(first, rank)).exists() else []
+    return [path for path in (first, *sorted(folder.glob(f"{channel}-rank*.jsonl"))) if path.exists()]
+
+
+def _logged_at(line: str) -> str:
+    """The time of a log line; it is the first thing on it."""
+    return line.partition('"timestamp": "')[2].partition('"')[0]
 
 
 def command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import urllib.request
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_two_ranks_are_watched_each_and_obey_as_one(tmp_path: Path) -> None:
             done = cli("command", "two", *words, "--output-dir", tmp_path)
             assert done.returncode == 0, done.stdout + done.stderr
 
+        status = cli("status", "two", "--output-dir", tmp_path).stdout
+        assert all(f"rank {rank}" in status and address in status for rank, address in targets.items())
         command("scale_lr", "factor=0.5")
         command("checkpoint")
         command("pause")
@@ -50,6 +53,19 @@ def test_two_ranks_are_watched_each_and_obey_as_one(tmp_path: Path) -> None:
         assert first[0]["at_step"] == second[0]["at_step"] and (first[0]["rank"], second[0]["rank"]) == (0, 1)
     pauses = [run.events(rank, "system", "pause_ended") for rank in range(2)]
     assert pauses[0][0]["at_step"] == pauses[1][0]["at_step"]
+    logged = [
+        [
+            json.loads(line)
+            for line in cli("logs", "two", *flags, "--output-dir", tmp_path).stdout.splitlines()
+        ]
+        for flags in ((), ("--rank", "1"))
+    ]
+    both, second = logged
+    assert {event["rank"] for event in both} == {0, 1} and {event["rank"] for event in second} == {1}
+    times = [event["timestamp"] for event in both]
+    assert times == sorted(times)
+    refused = cli("logs", "two", "--rank", "2", "--output-dir", tmp_path)
+    assert refused.returncode == 2 and "of rank 2" in refused.stderr
     info = run.info()
     assert (info.state, info.reason) == ("stopped", "signal SIGTERM")
     newest = run.checkpoints()[-1]
