@@ -30,9 +30,8 @@ each kind at a time.
 
 Every action also takes `alert`, the name of the alert that asked for it.
 
-A run is one process so far: when there are more ranks, rank 0 is the one that hears, and all have to act
-at the same step. What an executor gets and gives is made for that: plain arguments in, a plain result
-out.
+Of several ranks, rank 0 hears, and all act at the same step: docs/distributed.md. What an executor gets
+and gives is made for that: plain arguments in, a plain result out.
 """
 
 _TAIL = """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fastapi import HTTPException, Request
+from starlette.requests import ClientDisconnect
 
 MAX_BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0
@@ -48,7 +49,8 @@ class Gate:
 
     Args:
         token: the bearer token.
-        refused: called with the outcome (`unauthorized`, `too_large`, `too_slow`, `too_many`) and the detail.
+        refused: called with the outcome (`unauthorized`, `malformed`, `too_large`, `too_slow`, `too_many`)
+            and the detail.
         per_second: requests, and half as many again in a burst.
         at_once: requests under way.
         too_many: status for more than that.
@@ -100,6 +102,8 @@ class Gate:
                     body += chunk
                     if len(body) > MAX_BODY_BYTES:
                         raise self.refuse(413, "too_large", f"expected at most {MAX_BODY_BYTES} bytes")
+        except ClientDisconnect:
+            raise self.refuse(400, "malformed", "the caller hung up before the end of its body") from None
         except TimeoutError:
             raise self.refuse(408, "too_slow", f"expected the body within {BODY_SECONDS:.0f} s") from None
         return bytes(body)

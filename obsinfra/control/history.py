@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from obsinfra.control.command import CLOCK_SKEW_SECONDS
 from obsinfra.control.journal import AlertEntry, CommandEntry, Journal
 from obsinfra.errors import ConfigError
 from obsinfra.run.folder import RunFolder
@@ -67,17 +68,21 @@ def events_of(
 ) -> list[Event]:
     """Everything known of a run in that time (epoch seconds), oldest first; the newest `MAX_EVENTS`.
 
+    What the journal has of an earlier run of the same name, whose folder was removed, is left out.
+
     Args:
         journal: the sidecar's; None where there is none.
     """
     found: list[Event] = []
     heard: set[str] = set()
+    start = _start(folder)
     if journal is not None:
+        first = since if start is None else max(since, start.at - CLOCK_SKEW_SECONDS)
         last = None if until == float("inf") else until
-        entries = journal.commands(MAX_EVENTS, run=folder.id, since=since, until=last)
+        entries = journal.commands(MAX_EVENTS, run=folder.id, since=first, until=last)
         heard = {entry.command.id for entry in entries}
         found += [_of_command(entry) for entry in entries]
-        found += map(_of_alert, journal.alerts(MAX_EVENTS, run=folder.id, since=since, until=last))
+        found += map(_of_alert, journal.alerts(MAX_EVENTS, run=folder.id, since=first, until=last))
     logged: set[str] = set()
     for line in _lines(folder):
         if (event := _of_line(folder.id, line)) is not None and event.id not in heard:
@@ -85,7 +90,7 @@ def events_of(
         if line.get("event") == "checkpoint":
             logged.add(Path(str(line.get("path"))).name)
     found += _unlogged_checkpoints(folder, logged)
-    if not any(event.kind == "start" for event in found) and (start := _start(folder)) is not None:
+    if start is not None and not any(event.kind == "start" for event in found):
         found.append(start)
     wanted = [event for event in found if since <= event.at <= until]
     return sorted(wanted, key=lambda event: event.at)[-MAX_EVENTS:]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ def test_what_is_asked_for_is_told_and_no_more(folder: RunFolder, journal: Path)
     assert "r2" not in ask("r1", *place)
 
 
+def test_an_earlier_run_of_the_same_name_is_another_story(folder: RunFolder, journal: Path) -> None:
+    started = datetime.now(UTC) + timedelta(minutes=5)
+    folder.write_info(RunInfo("r1", "digits", state="running", started=started.isoformat()))
+    kinds = [
+        json.loads(line)["kind"]
+        for line in ask("r1", "--output-dir", str(folder.root.parent), "--json").splitlines()
+    ]
+    assert kinds == ["start"]
+
+
 def test_a_run_without_a_sidecar_has_a_history_too(folder: RunFolder) -> None:
     assert "training digits" in ask("r1", "--output-dir", str(folder.root.parent))
     assert not (folder.root.parent / ".stack").exists()
@@ -203,4 +214,5 @@ def test_a_journal_of_the_first_version_is_read(folder: RunFolder, tmp_path: Pat
         "INSERT INTO alerts VALUES (5, 'SlowStep', 'r1', 'warning', 'firing', 'f', 4, 'informed');"
     )
     database.close()
+    folder.update_info(started="1970-01-01T00:00:00+00:00")
     assert "SlowStep fires" in ask("r1", "--output-dir", str(tmp_path))

@@ -344,6 +344,18 @@ def test_a_body_that_never_ends_is_a_408_and_others_are_served_meanwhile(
     assert face.webhooks("too_slow") == 1
 
 
+def test_a_caller_that_hangs_up_in_its_body_is_no_error_of_ours(
+    face: Face, served: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(served, timeout=20) as short:
+        short.sendall(
+            f"POST /webhook HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+            "Content-Length: 1000\r\n\r\n{".encode()
+        )
+    wait_for(lambda: face.webhooks("malformed") == 1, "the half body is counted")
+    assert not [record for record in caplog.records if record.name == "uvicorn.error" and record.exc_info]
+
+
 def test_connections_that_never_ask_are_closed_so_that_alerts_get_through(
     face: Face, served: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
