@@ -7,12 +7,14 @@ interpreter's C handler at once, tells the watchdog even while the main thread i
 from __future__ import annotations
 
 import contextlib
-import mmap
+import ctypes
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any, Literal
 
@@ -58,7 +60,7 @@ class SignalDoor:
         self._interrupts = 0
         self._interrupts_drained = 0
         self._pair: tuple[socket.socket, socket.socket] | None = None
-        self._over = mmap.mmap(-1, 1)  # shared with forked children
+        self._over = RawValue(ctypes.c_bool, False)  # shared with forked children and all loader workers
         self._previous_fd = -1
         self.may_interrupt: Literal["data", "validation"] | None = None
 
@@ -88,7 +90,7 @@ class SignalDoor:
         """Put back what was there before."""
         if self._pair is None or os.getpid() != self._pid:
             return
-        self._over[0] = 1
+        self._over.value = True
         if threading.current_thread() is threading.main_thread():
             for number, previous in self._previous.items():
                 if signal.getsignal(number) == self._handle:
@@ -111,8 +113,10 @@ class SignalDoor:
             yield
             return
         numbers = set(self._previous)
-        if not isinstance(loader.worker_init_fn, _WorkerStart):
-            loader.worker_init_fn = _WorkerStart(numbers, loader.worker_init_fn)
+        inner = loader.worker_init_fn
+        if isinstance(inner, _WorkerStart):  # of this run, or of one before that used the same loader
+            inner = inner.inner
+        loader.worker_init_fn = _WorkerStart(numbers, self._over, inner)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         try:
             yield
@@ -159,26 +163,43 @@ class SignalDoor:
 
         Any other forked child, and a worker left behind by the run, is ended as if we had never been here.
         """
-        if get_worker_info() is None or self._over[0]:
+        if get_worker_info() is None or self._over.value:
             previous = self._previous.get(signal.Signals(number))
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
             signal.raise_signal(number)
 
 
 class _WorkerStart:
-    """`worker_init_fn` of a shielded loader; `inner` is the user's own."""
+    """`worker_init_fn` of a shielded loader; `inner` is the user's own.
 
-    def __init__(self, numbers: set[signal.Signals], inner: Callable[[int], object] | None) -> None:
-        self._numbers, self._inner = numbers, inner
+    Args:
+        numbers: signals that are the trainer's to obey.
+        over: true once the run has ended.
+    """
+
+    def __init__(
+        self, numbers: set[signal.Signals], over: ctypes.c_bool | None, inner: Callable[[int], object] | None
+    ) -> None:
+        self._numbers, self._over, self.inner = numbers, over, inner
 
     def __call__(self, worker_id: int) -> None:
         # Until here torch's own handler of SIGTERM would end the worker. A spawned one has no door.
-        handler = _inherited[-1]._handle if _inherited else signal.SIG_IGN
+        handler = _inherited[-1]._handle if _inherited else self._unless_over
         for number in self._numbers:
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
-        if self._inner is not None:
-            self._inner(worker_id)
+        if self.inner is not None:
+            self.inner(worker_id)
+
+    def _unless_over(self, number: int, frame: FrameType | None) -> None:
+        """Python ends its children by SIGTERM when it ends, and waits for them."""
+        if self._over is None or self._over.value:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Shared memory goes only to a process that is being started, not into a copy of the loader."""
+        return {**vars(self), "_over": self._over if get_spawning_popen() is not None else None}
 
 
 _doors: list[SignalDoor] = []

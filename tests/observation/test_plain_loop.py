@@ -118,3 +118,35 @@ def test_a_signal_to_the_group_with_plain_loader_workers_is_no_error(tmp_path: P
         assert newest(cut, "workers").info.step == at + 1
     assert ended(start(cut, str(program), "-1"))[0] == 0
     assert same(newest(cut, "workers"), newest(tmp_path / "whole", "workers")) == []
+
+
+SPAWNED = """
+import os, signal, sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import obsinfra
+
+if __name__ == "__main__":
+    model = nn.Linear(2, 1)
+    loader = DataLoader(
+        TensorDataset(torch.ones(64, 2)), batch_size=2, num_workers=1, multiprocessing_context="spawn",
+        persistent_workers=True,
+    )
+    run = obsinfra.observe(model, run="spawned", disable_monitoring=True)
+    for _ in run.epochs(2):
+        for (inputs,) in run.steps(loader):
+            run.record(loss=model(inputs).sum())
+            if run.step == 40:
+                os.killpg(0, signal.SIGTERM)
+    sys.exit(run.stop.exit_code if run.stop else 0)
+"""
+
+
+@pytest.mark.slow
+def test_spawned_workers_outlast_a_signal_to_the_group_and_end_with_the_program(tmp_path: Path) -> None:
+    """They are alive when it ends, which Python tells them by the same signal."""
+    program = tmp_path / "program.py"
+    program.write_text(SPAWNED)
+    code, _, error = ended(start(tmp_path / "run", str(program)))
+    assert code == 143 and only_said_why(error), error
+    assert newest(tmp_path / "run", "spawned").info.step == 41
