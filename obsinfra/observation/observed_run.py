@@ -573,7 +573,10 @@ class ObservedRun:
         self.folder.unlock()
         atexit.unregister(self.finish)
         if sys.excepthook == self._excepthook:
-            sys.excepthook = self._previous_excepthook
+            previous = self._previous_excepthook
+            while isinstance(owner := getattr(previous, "__self__", None), ObservedRun) and owner._ended:
+                previous = owner._previous_excepthook  # of a run that began earlier and ended earlier
+            sys.excepthook = previous
 
     def fail(self, error: BaseException) -> None:
         """Record `error`, commit the last good state as an emergency checkpoint and end the run as failed."""

@@ -91,11 +91,19 @@ class SignalDoor:
         if self._pair is None or os.getpid() != self._pid:
             return
         self._over.value = True
+        above = _doors[_doors.index(self) + 1 :] if self in _doors else []
         if threading.current_thread() is threading.main_thread():
             for number, previous in self._previous.items():
                 if signal.getsignal(number) == self._handle:
                     signal.signal(number, previous if previous is not None else signal.SIG_DFL)
-            signal.set_wakeup_fd(self._previous_fd)
+            if not above:
+                _set_wakeup_fd(self._previous_fd)
+        for door in above:  # of runs that began later and go on: what they put back one day is not this one
+            for number, previous in door._previous.items():
+                if previous == self._handle:
+                    door._previous[number] = self._previous[number]
+            if door._previous_fd == self._pair[1].fileno():
+                door._previous_fd = self._previous_fd
         self._previous.clear()
         for end in self._pair:
             end.close()
@@ -113,7 +121,7 @@ class SignalDoor:
             yield
             return
         numbers = set(self._previous)
-        inner = loader.worker_init_fn
+        inner: Callable[[int], object] | None = loader.worker_init_fn
         if isinstance(inner, _WorkerStart):  # of this run, or of one before that used the same loader
             inner = inner.inner
         loader.worker_init_fn = _WorkerStart(numbers, self._over, inner)
@@ -148,7 +156,9 @@ class SignalDoor:
             if self._interrupts > 1:
                 self._on_second_interrupt()
                 return
-        self._on_signal(name)
+        for door in _doors:  # of every run of this process
+            if name in door._names:
+                door._on_signal(name)
         if self.may_interrupt is not None and frame is not None:
             # Never inside our own code, where a batch could have been counted and not yet handed on; a
             # workload's validation counts nothing.
@@ -202,7 +212,16 @@ class _WorkerStart:
         return {**vars(self), "_over": self._over if get_spawning_popen() is not None else None}
 
 
+def _set_wakeup_fd(fd: int) -> None:
+    try:
+        signal.set_wakeup_fd(fd)
+    except (OSError, ValueError):  # whose it was has closed it
+        signal.set_wakeup_fd(-1)
+
+
 _doors: list[SignalDoor] = []
+"""Installed in this process, in the order in which they were."""
+
 _inherited: list[SignalDoor] = []
 _masks: list[set[int | signal.Signals]] = []
 

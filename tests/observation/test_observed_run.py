@@ -323,6 +323,26 @@ def test_settings_are_given_by_name_and_checked(tmp_path: Path) -> None:
         observe(nn.Linear(1, 1), output_dir=tmp_path, no_such=1)
 
 
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_two_runs_of_a_process_obey_one_signal_and_end_in_any_order(
+    tmp_path: Path, first_to_end: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    loops = [Loop(batches()), Loop(batches())]
+    both = [observe(loop.model, output_dir=tmp_path, run=f"run{i}", **QUIET) for i, loop in enumerate(loops)]
+    os.kill(os.getpid(), signal.SIGTERM)
+    for run, loop in zip(both, loops, strict=True):
+        loop.train(run) if run is both[first_to_end] else None
+    both[1 - first_to_end].finish()
+    assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
+    assert [loop.losses for loop in loops] == [[], []]
+    ended = both[first_to_end]
+    assert ended.stop is not None and ended.stop.exit_code == 128 + signal.SIGTERM
+    assert [run.folder.read_info().state for run in both] == [
+        "stopped" if run is ended else "finished" for run in both
+    ]
+
+
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.7"):
         observe(nn.Linear(1, 1), output_dir=tmp_path, metrics_host="203.0.113.7")
