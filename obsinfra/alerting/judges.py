@@ -185,7 +185,7 @@ class CounterHistory:
 
     def add(self, now: float, value: float) -> float:
         """Take in a reading and return the increase; a fall of the counter is a restart from zero."""
-        self.points.append((now, value))
+        self._note(now, value)
         start = now - self.seconds
         before = self._forget_before(start)
         window = [point for at, point in self.points if at >= start and point is not None]
@@ -199,10 +199,16 @@ class CounterHistory:
 
         An event followed by the end of its process has happened all the same, and is held for its window.
         """
-        self.points.append((now, None))
+        self._note(now, None)
         self._forget_before(now - self.seconds)
         window = [point for at, point in self.points if at >= now - self.seconds and point is not None]
         return _risen(window) if window else None
+
+    def _note(self, now: float, value: float | None) -> None:
+        # Of equal readings the first and the last say everything, and most counters stand still.
+        if len(self.points) > 1 and self.points[-1][1] == value == self.points[-2][1]:
+            self.points.pop()
+        self.points.append((now, value))
 
     def _forget_before(self, start: float) -> float | None:
         """Drop all points that end before `start` but the last, and return that one's value."""

@@ -38,6 +38,7 @@ class History:
         self._thinned_at = 0
         self._validation_seqs: list[int] = []
         self._next_validation = 0
+        self._validated_at = 0  # number of the point before which the last validation came
         self._validation_steps: list[int] = []
         self._validation: dict[str, list[float | None]] = {}
 
@@ -65,6 +66,7 @@ class History:
                 self._validation = {name: [old[i] for i in kept] for name, old in self._validation.items()}
             self._validation_seqs.append(self._next_validation)
             self._next_validation += 1
+            self._validated_at = self._next
             before = len(self._validation_steps)
             self._validation_steps.append(step)
             for name in {*self._validation, *metrics}:
@@ -76,20 +78,24 @@ class History:
         """Points numbered `seq` and later, or all with `reset` when the older ones changed since then.
 
         Returns:
-            `series`, `validation_series`, `next` (the number to ask for next) and `reset`.
+            `series`, `validation_series` (all of them; None when none came since), `next` (the number to ask
+            for next) and `reset`.
         """
         with self._lock:
             reset = seq <= 0 or seq < self._thinned_at or seq > self._next
             first = 0 if reset else next((i for i, s in enumerate(self._seqs) if s >= seq), len(self._seqs))
             return {
                 "series": {name: column[first:] for name, column in self._columns.items()},
-                "validation_series": {
-                    "step": list(self._validation_steps),
-                    "metrics": {name: list(series) for name, series in self._validation.items()},
-                },
+                "validation_series": self._validations() if reset or self._validated_at >= seq else None,
                 "next": self._next,
                 "reset": reset,
             }
+
+    def _validations(self) -> dict[str, Any]:
+        return {
+            "step": list(self._validation_steps),
+            "metrics": {name: list(series) for name, series in self._validation.items()},
+        }
 
 
 def _kept(seqs: Sequence[int], room: int) -> list[int]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from obsinfra.alerting.evaluator import AlertEvaluator
-from obsinfra.alerting.judges import POINTS, create_judge
+from obsinfra.alerting.judges import POINTS, CounterHistory, create_judge
 from obsinfra.alerting.rule_tests import Scene, pace_of, scenes_of
 from obsinfra.catalog import metrics
 from obsinfra.catalog.alert_changes import alert_table
@@ -121,3 +124,35 @@ def test_windows_of_the_users_hold_in_process_too() -> None:
         assert bool(found) == (second >= 20)
     [(_, ratio, crossed)] = found
     assert ratio == pytest.approx(0.9) and crossed
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from([None, 0.0, 1.0, 1.0, 1.0, 2.0, 5.0])), max_size=60
+    ),
+    st.integers(2, 20),
+)
+def test_a_counters_history_answers_as_if_it_kept_every_reading(
+    readings: list[tuple[int, float | None]], window: int
+) -> None:
+    history = CounterHistory(float(window))
+    every: list[tuple[float, float | None]] = []
+    now = 0.0
+    for seconds, value in readings:
+        now += seconds
+        every.append((now, value))
+        within = [point for at, point in every if at >= now - window and point is not None]
+        rises = [later - earlier if later >= earlier else later for earlier, later in pairwise(within)]
+        if value is None:
+            assert history.absent(now) == (sum(rises) if within else None)
+            continue
+        before = [point for at, point in every if at <= now - window][-1:]
+        since = value if not before or before[0] is None or value < before[0] else value - before[0]
+        assert history.add(now, value) == max(sum(rises), since)
+
+
+def test_a_counter_that_stands_still_costs_no_memory() -> None:
+    history = CounterHistory(3_600.0)
+    for second in range(3_600):
+        history.add(float(second), 7.0)
+    assert len(history.points) == 2

@@ -114,6 +114,23 @@ def test_validation_results_have_gaps_where_a_metric_was_absent() -> None:
     }
 
 
+def test_validation_results_are_sent_again_only_when_one_came() -> None:
+    history = History()
+    held, seq = None, 0
+    for step in range(40):
+        history.add({"step": step})
+        if step % 10 == 0:
+            history.add_validation(step, {"loss": float(step)})
+        answer = history.since(seq)
+        seq, sent = answer["next"], answer["validation_series"]
+        # Once more with the next point: a validation may come after an answer and before it.
+        assert (sent is not None) == (step % 10 in (0, 1)), step
+        held = sent if sent is not None else held
+    assert held == history.since(0)["validation_series"]
+    history.add_validation(99, {"loss": 99.0})
+    assert history.since(seq)["validation_series"]["step"][-1] == 99
+
+
 def test_validation_results_are_bounded_too() -> None:
     history = History(max_points=8)
     for step in range(100):

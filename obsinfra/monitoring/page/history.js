@@ -49,11 +49,11 @@ export class History {
       const fresh = columns[name] ?? new Array(time.length).fill(null);
       this.columns.get(name).push(...fresh.map(placeable));
     }
-    this.replaceValidation(answer.validation_series);
+    if (answer.validation_series !== null) this.replaceValidation(answer.validation_series);
     this.next = answer.next;
   }
 
-  // Validations are few: every answer carries all of them.
+  // Validations are few: an answer carries all of them, or null when no new one came.
   replaceValidation({ step, metrics }) {
     this.validation = new Map(Object.entries(metrics).map(([name, values]) => [name, values.map(placeable)]));
     this.validationSteps = step;
