@@ -95,6 +95,12 @@ def check_secret_files(notify: Notify) -> None:
             )
 
 
+def open_secret_files(notify: Notify) -> dict[str, Path]:
+    """Setting → file, for each secret that others on this machine may read. For files that are there."""
+    files = {setting: absolute(path) for setting, path in notify.secret_files.items()}
+    return {setting: path for setting, path in files.items() if path.stat().st_mode & 0o007}
+
+
 def absolute(path: Path) -> Path:
     """A path of the settings as Alertmanager is told it: `~` expanded, from the working folder."""
     return Path(os.path.abspath(path.expanduser()))

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from obsinfra.alerting.messages import render_templates
-from obsinfra.alerting.routes import check_secret_files, render_alertmanager
+from obsinfra.alerting.routes import check_secret_files, open_secret_files, render_alertmanager
 from obsinfra.catalog.alerts import ALERTS
 from obsinfra.cli.generated import check_generated, write_generated
 from obsinfra.cli.options import duration_seconds, program
@@ -72,6 +72,9 @@ def check(
     notify = resolve({}).settings.notify
     if not skip_secrets:
         check_secret_files(notify)
+        for setting, path in open_secret_files(notify).items():
+            text = f"{setting} = {str(path)!r}: others on this machine may read it; chmod 600 {path}"
+            console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
     fine = f"{escape(str(folder))} is up to date; people told: {escape(str(notify))}"
     check_generated(_files(folder, notify), console, fix="'obsinfra alerts write'", fine=fine)
 

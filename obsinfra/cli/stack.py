@@ -69,6 +69,10 @@ def up(
         services=service or (),
     )
     _show(info)
+    if info.already_up:
+        console.print(
+            "settings      those it was started with: changed ones hold after 'down' and 'up'", soft_wrap=True
+        )
     console.print(f"stop          {program()} down --output-dir {output_dir}", soft_wrap=True)
 
 

@@ -511,10 +511,14 @@ def test_write_and_check(obsinfra: Terminal, tmp_path: Path) -> None:
     missing = obsinfra("check")
     assert missing.code == 2 and str(secret) in missing.err
     secret.write_text("https://hooks.example.org/x")
+    secret.chmod(0o600)
     assert obsinfra("check").code == 1
     assert obsinfra("write").code == 0
     fine = obsinfra("check")
-    assert fine.code == 0 and "slack (critical)" in fine.out
+    assert fine.code == 0 and "slack (critical)" in fine.out and "others" not in fine.out
+    secret.chmod(0o604)
+    known = obsinfra("check")
+    assert known.code == 0 and f"others on this machine may read it; chmod 600 {secret}" in known.out
     document = yaml.safe_load(Path("alertmanager/alertmanager.yml").read_text())
     assert "slack" in {receiver["name"] for receiver in document["receivers"]}
     template = Path("alertmanager/templates/obsinfra-slack.tmpl")
