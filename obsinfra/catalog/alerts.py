@@ -744,7 +744,7 @@ _STACK = (
     Alert(
         name="PrometheusDroppingAlerts",
         key="dropped_alerts",
-        condition=Increase(stack.NOTIFICATIONS_DROPPED, 5 * MINUTE),
+        condition=Increase(stack.NOTIFICATION_ERRORS, 5 * MINUTE),
         threshold=0.0,
         threshold_unit="",
         for_seconds=0.0,

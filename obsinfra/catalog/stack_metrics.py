@@ -26,7 +26,15 @@ ALERTMANAGERS = _stack(
     "prometheus_notifications_alertmanagers_discovered", "gauge", "Alertmanagers that Prometheus knows."
 )
 NOTIFICATIONS_DROPPED = _stack(
-    "prometheus_notifications_dropped", "counter", "Alerts that no Alertmanager took."
+    "prometheus_notifications_dropped",
+    "counter",
+    "Alerts that no Alertmanager took: in a Prometheus's first seconds, before it knows of one, too.",
+)
+NOTIFICATION_ERRORS = _stack(
+    "prometheus_notifications_errors",
+    "counter",
+    "Failures to hand alerts to an Alertmanager.",
+    "alertmanager",
 )
 PROMETHEUS_RELOADED = _stack(
     "prometheus_config_last_reload_successful",

@@ -309,6 +309,7 @@ def _health(alerts: Mapping[str, Alert]) -> list[Panel]:
             "Handing alerts on",
             [
                 Query(f"sum({of(stack.RULE_FAILURES)})", "rules that failed"),
+                Query(f"sum({of(stack.NOTIFICATION_ERRORS)})", "failures to reach Alertmanager"),
                 Query(f"sum({of(stack.NOTIFICATIONS_DROPPED)})", "alerts no Alertmanager took"),
                 Query(
                     f"sum by (integration) ({of(stack.NOTIFICATIONS_FAILED)}) > 0", "{{integration}} failed"
@@ -318,7 +319,8 @@ def _health(alerts: Mapping[str, Alert]) -> list[Panel]:
             width=8,
             height=7,
             floor=0,
-            about="Counted since each program began. Flat lines are well; a rise alerts.",
+            about="Counted since each program began. Flat lines are well; a rise alerts, except of alerts "
+            "that no Alertmanager took: Prometheus drops some at its start.",
             mentions=named(
                 alerts, "PrometheusRuleFailures", "PrometheusDroppingAlerts", "NotificationsFailing"
             ),

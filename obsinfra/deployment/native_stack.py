@@ -5,7 +5,6 @@ Called by the CLI and the demo. Everything lives in one state folder; `down` sto
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from obsinfra.config.notify import Notify
 from obsinfra.config.resolve import dump_toml
 from obsinfra.config.settings import Settings
 from obsinfra.deployment.ports import DEFAULT_PORTS, StackPorts, free_ports, in_url
+from obsinfra.deployment.readiness import answers
 from obsinfra.deployment.stack_configuration import check_interval, ensure_token, write_configuration
 from obsinfra.deployment.stack_state import (
     Child,
@@ -254,7 +254,14 @@ class NativeStack:
                 urls["alertmanager"],
                 "/-/ready",
             ),
-            Program("prometheus", prometheus_arguments, ports.prometheus, urls["prometheus"], "/-/ready"),
+            Program(
+                "prometheus",
+                prometheus_arguments,
+                ports.prometheus,
+                urls["prometheus"],
+                "/-/ready",
+                after=["alertmanager"],  # or its first alerts would reach nobody
+            ),
         ]
 
     def _start_supervisor(self) -> None:
@@ -348,20 +355,7 @@ def _check_can_read_urls(alertmanager: str, notify: Notify) -> None:
 
 def _ready(program: Program, state: StackState | None) -> bool:
     """Whether the program runs and answers; a stranger's answer on its port does not count."""
-    return state is not None and state.children[program.name].process is not None and _answers(program)
-
-
-def _answers(program: Program) -> bool:
-    # http.client, because a proxy set in the environment must not be asked for this machine's own ports.
-    place = program.url.removeprefix("http://")
-    connection = http.client.HTTPConnection(place, timeout=2)
-    try:
-        connection.request("GET", program.ready_path)
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return state is not None and state.children[program.name].process is not None and answers(program)
 
 
 def _keeps_failing(state: StackState | None, name: str) -> bool:

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Program:
         arguments: the whole command line.
         port, url: where it listens.
         ready_path: answers 200 once it is ready.
+        after: programs that must be ready before this one is started for the first time.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Program:
     port: int
     url: str
     ready_path: str
+    after: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

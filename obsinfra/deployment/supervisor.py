@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from obsinfra.deployment.readiness import answers
 from obsinfra.deployment.stack_state import Child, Plan, Program, StackState
 from obsinfra.run.process import ProcessId
 
@@ -36,6 +37,9 @@ CHECK_SECONDS = 2.0
 
 LOG_BYTES = 16 << 20
 """A log larger than this is put aside (one generation) before the program is started again."""
+
+READY_POLL_SECONDS = 0.1
+"""How often a program that others wait for is asked whether it is ready."""
 
 PR_SET_PDEATHSIG = 1
 _WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -88,8 +92,15 @@ class Supervisor:
     def _start_what_is_due(self) -> None:
         for kept in self._kept:
             if kept.process is None and kept.due <= time.monotonic():
+                if kept.restarts < 0 and not self._ready(kept.program.after):
+                    kept.due = time.monotonic() + READY_POLL_SECONDS
+                    continue
                 self._start(kept)
                 self._write_state()
+
+    def _ready(self, names: list[str]) -> bool:
+        before = [kept for kept in self._kept if kept.program.name in names]
+        return all(kept.process is not None and answers(kept.program, seconds=0.5) for kept in before)
 
     def _start(self, kept: _Kept) -> None:
         program = kept.program

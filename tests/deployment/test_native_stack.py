@@ -9,6 +9,8 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 import psutil
 import pytest
@@ -68,6 +70,19 @@ def test_up_brings_rules_targets_and_alertmanager_together(stack: NativeStack, r
         return healthy == {"sidecar", "prometheus", "alertmanager"}
 
     wait_for(all_scraped, "Prometheus scrapes the sidecar, itself and Alertmanager")
+
+    def asked(query: str) -> list[dict[str, Any]]:
+        url = f"{info.prometheus_url}/api/v1/query?{urlencode({'query': query})}"
+        found: list[dict[str, Any]] = get_json(url)["data"]["result"]
+        return found
+
+    born = [info.children[name].process for name in ("alertmanager", "prometheus")]
+    assert None not in born and born == sorted(born, key=lambda process: process.created)
+    wait_for(
+        lambda: asked("count_over_time(prometheus_notifications_errors_total[1m]) >= 3"),
+        "Prometheus knows its Alertmanager and has looked at its own counters since",
+    )
+    assert not asked('ALERTS{alertname="PrometheusDroppingAlerts"}')
 
 
 @needs_stack

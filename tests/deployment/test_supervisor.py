@@ -14,6 +14,7 @@ import pytest
 from stack_tools import processes_naming
 from waiting import wait_for
 
+from obsinfra.deployment.ports import free_port
 from obsinfra.deployment.stack_state import Plan, Program, StackState
 
 Start = Callable[..., StackState]
@@ -72,6 +73,40 @@ def test_the_supervisor_detaches_from_its_caller(start: Start) -> None:
     state = start(WAIT)
     assert os.getsid(state.supervisor.pid) == state.supervisor.pid
     assert os.getsid(state.supervisor.pid) != os.getsid(0)
+
+
+def test_a_program_waits_for_the_one_before_it_to_be_ready(tmp_path: Path) -> None:
+    """Prometheus must not have alerts to hand over before Alertmanager takes them."""
+    port = free_port("127.0.0.1", 0, set())
+    first = f"""
+import http.server, pathlib, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if pathlib.Path(sys.argv[1], "go").exists() else 503)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
+"""
+    here, url = str(tmp_path), f"http://127.0.0.1:{port}"
+    programs = [
+        Program("second", [sys.executable, "-c", WAIT, here], 1, "", "/", after=["first"]),
+        Program("first", [sys.executable, "-c", first, here], port, url, "/ready"),
+    ]
+    (tmp_path / "logs").mkdir()
+    Plan(here, here, "now", programs).write()
+    subprocess.run([sys.executable, "-m", "obsinfra.deployment.supervisor", here], check=True)
+    asked = tmp_path / "logs/first.log"
+    try:
+        wait_for(lambda: asked.exists() and asked.read_text().count("503") >= 2, "the first is asked again")
+        state = StackState.read(tmp_path)
+        assert state is not None and state.children["second"].process is None
+        (tmp_path / "go").touch()
+        state = wait_for(lambda: _all_started(tmp_path), "the second is started as well")
+        assert state.children["second"].restarts == 0
+    finally:
+        state = StackState.read(tmp_path)
+        assert state is not None
+        os.kill(state.supervisor.pid, signal.SIGTERM)
+        wait_for(lambda: processes_naming(tmp_path) == [], "nothing is left")
 
 
 def test_sigterm_stops_every_child_and_the_supervisor(start: Start, tmp_path: Path) -> None:
