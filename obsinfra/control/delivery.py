@@ -128,11 +128,22 @@ class Deliverer:
                 elif self._stopping.wait(pause * random.uniform(0.5, 1.5)):
                     return
                 pause = min(2 * pause, LATEST_RETRY_SECONDS)
-        try:
-            self._journal.settle(command.id, outcome, ack)
-        except sqlite3.Error as error:  # delivered all the same; after a restart the run says so again
-            self._log.error("journal_not_written", id=command.id, error=str(error))
         self._settled(entry, outcome, ack)
+        self._write_down(command.id, outcome, ack)
+
+    def _write_down(self, id: str, outcome: str, ack: Ack | None) -> None:
+        """Journal the outcome, as soon as the disk takes it; after a restart the run tells it again."""
+        told = False
+        while True:
+            try:
+                self._journal.settle(id, outcome, ack)
+                return
+            except sqlite3.Error as error:
+                if not told:
+                    self._log.error("journal_not_written", id=id, error=str(error))
+                told = True
+            if self._stopping.wait(LATEST_RETRY_SECONDS):
+                return
 
 
 class _Once:

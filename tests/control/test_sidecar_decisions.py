@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sidecar_face import AT_ONCE, AUTHORIZED, Face
 from sidecar_tools import TOKEN, ago, alert, notification
-from trainer_double import channel_of, command, run_folder, trainer
+from trainer_double import channel_of, command, done, run_folder, trainer
 from waiting import wait_for
 
 from obsinfra.catalog import metrics as catalog
@@ -516,6 +516,36 @@ def test_what_takes_longer_than_a_command_is_valid_is_waited_for_while_its_train
         wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
         assert len(executed) == 1
     assert face.sidecar.journal.commands()[0].outcome == ("done" if ends else "unacknowledged")
+
+
+def test_an_outcome_is_written_down_once_the_journal_can_be_written_again(
+    face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "LATEST_RETRY_SECONDS", 0.05)
+    full = threading.Event()
+    blocker = sqlite3.connect(face.sidecar.state_dir / "journal.sqlite", check_same_thread=False)
+
+    def fills_the_disk(channel: ControlChannel, command: Command) -> None:
+        face.sidecar.journal._database.execute("PRAGMA busy_timeout = 0")
+        blocker.execute("BEGIN IMMEDIATE")
+        done(channel, command)
+
+    settle = face.sidecar.journal.settle
+
+    def seen(*given: Any) -> None:
+        try:
+            settle(*given)
+        except sqlite3.Error:
+            full.set()
+            raise
+
+    monkeypatch.setattr(face.sidecar.journal, "settle", seen)
+    with contextlib.closing(blocker), trainer(run_folder(tmp_path), fills_the_disk):
+        assert face.decide(alert()) == {"accepted": 1}
+        assert full.wait(60)
+        blocker.rollback()
+        wait_for(lambda: face.sidecar.journal.waiting() == [], "settled")
+    assert face.sidecar.journal.commands()[0].outcome == "done"
 
 
 def test_a_message_the_trainer_cannot_read_is_not_sent_again(face: Face, tmp_path: Path) -> None:
