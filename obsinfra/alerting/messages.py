@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from obsinfra.config.notify import LINK_LABEL_CHARACTERS, Notify
 
@@ -31,11 +32,33 @@ _FIELDS = {"run": ".Labels.run", "model": ".Labels.model", "rank": ".Labels.rank
 _FIELDS["alert"] = ".Labels.alertname"
 
 
-def render_templates(notify: Notify) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class StackLinks:
+    """Where the stack that is up shows a run: links as `[notify]` has them, which go before these.
+
+    Attributes:
+        grafana: the run's board.
+        traces: the run's traces in a trace store.
+        slow_steps: a page that lists the run's last slow steps by their traces, for where no store is.
+    """
+
+    grafana: str | None = None
+    traces: str | None = None
+    slow_steps: str | None = None
+
+
+def jaeger_search(jaeger_url: str) -> str:
+    """A link to the newest traces of `{run}` in the Jaeger at this address, by what its spans carry."""
+    tags = "%7B%22obsinfra.run%22%3A%22{run}%22%7D"
+    return f"{jaeger_url}/search?service=obsinfra&lookback=2d&limit=50&tags={tags}"
+
+
+def render_templates(notify: Notify, links: StackLinks | None = None) -> dict[str, str]:
     """File name → content, to lie beside alertmanager.yml in `templates/`."""
+    known = _link_texts(notify, links or StackLinks())
     return {
-        "obsinfra-mail.tmpl": HEADER + _mail(notify),
-        "obsinfra-slack.tmpl": HEADER + _slack(notify),
+        "obsinfra-mail.tmpl": HEADER + _mail(known),
+        "obsinfra-slack.tmpl": HEADER + _slack(known),
         "obsinfra-titles.tmpl": HEADER + _titles(),
     }
 
@@ -113,13 +136,18 @@ def _action(put: Callable[[str, int], str], end: str = "\n") -> str:
     )
 
 
-def _link_texts(notify: Notify) -> list[tuple[str, str, str]]:
-    """(what it is called, condition, URL as a template), of an alert."""
-    links = []
+Links = list[tuple[str, str, str]]
+"""(what it is called, condition, URL as a template), of an alert."""
+
+
+def _link_texts(notify: Notify, stack: StackLinks) -> Links:
+    links: Links = []
+    traces = notify.trace_url or stack.traces
     for name, url in (
-        ("Grafana", notify.grafana_url),
+        ("Grafana", notify.grafana_url or stack.grafana),
         ("Run page", notify.run_url),
-        ("Trace", notify.trace_url),
+        ("Trace", traces),
+        ("Slow steps", None if traces else stack.slow_steps),
     ):
         if url is not None:
             # A label that is absent, long, or of characters that no run's or model's name has makes no link.
@@ -136,10 +164,9 @@ def _link_texts(notify: Notify) -> list[tuple[str, str, str]]:
     return links
 
 
-def _slack(notify: Notify) -> str:
+def _slack(known: Links) -> str:
     links = "".join(
-        f"{{{{ if {condition} }}}}{_slack_link(url, name)}{{{{ end }}}}"
-        for name, condition, url in _link_texts(notify)
+        f"{{{{ if {condition} }}}}{_slack_link(url, name)}{{{{ end }}}}" for name, condition, url in known
     )
     fit = f"^https?://[^\\s<>|&]{{1,{ANNOTATED_LINK_CHARACTERS}}}$"
     annotated = "".join(
@@ -181,9 +208,9 @@ def _slack_link(url: str, name: str) -> str:
     return f"<{url.replace('&', '&amp;')}|{name}>  "
 
 
-def _mail(notify: Notify) -> str:
+def _mail(known: Links) -> str:
     text_links, html_links = "", ""
-    for name, condition, url in _link_texts(notify):
+    for name, condition, url in known:
         text_links += f"{{{{ if {condition} }}}}{name}: {url}\n{{{{ end }}}}"
         html_links += f'{{{{ if {condition} }}}}<a href="{url}">{name}</a> {{{{ end }}}}'
     for key, name in (("runbook_url", "Runbook"), ("trace_url", "Trace")):

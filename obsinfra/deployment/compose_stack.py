@@ -24,11 +24,13 @@ from typing import Any
 
 import yaml
 
+from obsinfra.alerting.messages import StackLinks, jaeger_search
 from obsinfra.alerting.routes import absolute, check_secret_files
 from obsinfra.catalog.alerts import ALERTS, Alert
 from obsinfra.config.notify import Notify
 from obsinfra.config.resolve import dump_toml
 from obsinfra.config.settings import Settings
+from obsinfra.dashboards.addresses import RUN
 from obsinfra.deployment.ports import DEFAULT_COMPOSE_PORTS, ComposePorts, free_port, free_ports
 from obsinfra.deployment.stack_configuration import (
     SERVICES,
@@ -315,6 +317,10 @@ class ComposeStack:
             notify=notify,
             runbooks=f"http://127.0.0.1:{ports.sidecar}/runbooks",
             paths=self._copy_secrets(notify),
+            links=StackLinks(
+                grafana=f"http://127.0.0.1:{ports.grafana}/d/{RUN}?var-run={{run}}",
+                traces=jaeger_search(f"http://127.0.0.1:{ports.jaeger}"),
+            ),
         )
         write_atomic(self.folder / "policy.toml", dump_toml(Settings(policy=dict(policy or {}))))
         committed = find_stack_files() / "deploy/compose/targets"

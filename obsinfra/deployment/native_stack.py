@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import obsinfra
+from obsinfra.alerting.messages import StackLinks
 from obsinfra.alerting.routes import check_secret_files
 from obsinfra.catalog.alerts import ALERTS, Alert
 from obsinfra.config.notify import Notify
@@ -144,6 +145,7 @@ class NativeStack:
                 scrape_interval=scrape_interval,
                 alerts=alerts,
                 notify=notify,
+                links=StackLinks(slow_steps=f"http://{in_url(host)}:{free.sidecar}/?run={{run}}#slow-steps"),
             )
             # A whole config.toml, of which the sidecar reads the one table.
             write_atomic(self.state_dir / "policy.toml", dump_toml(Settings(policy=dict(policy or {}))))

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 
 import obsinfra
-from obsinfra.alerting.messages import render_templates
+from obsinfra.alerting.messages import StackLinks, render_templates
 from obsinfra.alerting.prometheus_rules import write_rules
 from obsinfra.alerting.routes import render_alertmanager
 from obsinfra.catalog.alerts import ALERTS, Alert
@@ -65,6 +65,7 @@ def write_configuration(
     notify: Notify | None = None,
     runbooks: str | None = None,
     paths: Mapping[str, str] | None = None,
+    links: StackLinks | None = None,
 ) -> None:
     """Write `prometheus/` and `alertmanager/` under `state_dir`, ready to be started from.
 
@@ -76,6 +77,7 @@ def write_configuration(
         alerts: the table the rules are made from.
         notify: the user's `[notify]`, for Alertmanager; None or an empty one keeps the committed files.
         runbooks: address of the runbooks as people reach it; None: the sidecar's in `addresses`.
+        links: where this stack shows a run, for messages; `notify` goes before.
         paths: of files that `notify` names → where Alertmanager finds them instead.
 
     Raises:
@@ -92,7 +94,7 @@ def write_configuration(
         committed = (source / "alertmanager/templates").glob("*.tmpl")
         templates = {path.name: path.read_text() for path in committed}
     else:
-        routes, templates = render_alertmanager(notify), render_templates(notify)
+        routes, templates = render_alertmanager(notify), render_templates(notify, links)
     alertmanager = replaced(yaml.safe_load(routes), values)
     rules = state_dir / "prometheus" / "rules"
     shutil.rmtree(rules, ignore_errors=True)

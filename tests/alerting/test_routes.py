@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from stack_versions import StackVersion, each_version
 
-from obsinfra.alerting.messages import SLACK_TEXT_CHARACTERS, render_templates
+from obsinfra.alerting.messages import SLACK_TEXT_CHARACTERS, StackLinks, jaeger_search, render_templates
 from obsinfra.alerting.routes import SUBJECTS, TEST_LABEL, check_secret_files, render_alertmanager
 from obsinfra.catalog.alerts import ALERTS
 from obsinfra.config.notify import LINK_CHARACTERS, LINK_LABEL_CHARACTERS, SEVERITIES, Notify
@@ -59,10 +59,10 @@ def rendered(settings: Notify) -> dict[str, Any]:
     return document
 
 
-def write(folder: Path, settings: Notify) -> Path:
+def write(folder: Path, settings: Notify, links: StackLinks | None = None) -> Path:
     """The generated files below `folder`; returns alertmanager.yml."""
     (folder / "templates").mkdir(parents=True, exist_ok=True)
-    for name, text in render_templates(settings).items():
+    for name, text in render_templates(settings, links).items():
         (folder / "templates" / name).write_text(text)
     (folder / "alertmanager.yml").write_text(render_alertmanager(settings))
     return folder / "alertmanager.yml"
@@ -535,6 +535,37 @@ def test_what_an_alert_does_not_have_is_left_out(tmp_path: Path, version: StackV
 worst = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(
     lambda text: text * 60
 ) | st.sampled_from(["&" * 3000, "<!channel>" * 300, "é\n" * 2000, "\"'`*_~|{{ }}" * 200, "\\" * 3000])
+
+
+@each_version
+def test_a_message_leads_to_the_runs_traces_where_they_are(tmp_path: Path, version: StackVersion) -> None:
+    """In the stack's own store, else on its page of slow steps; where the settings say otherwise, there."""
+    version.require("amtool")
+    store, page = jaeger_search("http://127.0.0.1:16686"), "http://127.0.0.1:9465/?run={run}#slow-steps"
+    no_run = alert()
+    del no_run["labels"]["run"]
+    for number, (settings, links, name, url) in enumerate(
+        [
+            (notify(), StackLinks(slow_steps=page), "Slow steps", page),
+            (notify(), StackLinks(traces=store, slow_steps=page), "Trace", store),
+            (notify(trace_url="https://t.example.org/{run}"), StackLinks(traces=store), "Trace", None),
+            (notify(), None, None, None),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(folder, settings, links)
+        expected = (url or "https://t.example.org/{run}").replace("{run}", "my-run")
+        for template, link in (
+            ("slack.text", f"<{expected.replace('&', '&amp;')}|{name}>"),
+            ("mail.text", f"{name}: {expected}"),
+            ("mail.html", f'<a href="{expected}">{name}</a>'),
+        ):
+            kind = "html" if template == "mail.html" else "text"
+            text = render(version, folder, f"obsinfra.{template}", [alert()], kind)
+            shown = [title for title in ("Slow steps", "Trace") if title in text]
+            assert shown == ([name] if name else []) and (name is None or link in text), text
+            assert not name or name not in render(version, folder, f"obsinfra.{template}", [no_run], kind)
 
 
 @each_version

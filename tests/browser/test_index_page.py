@@ -265,6 +265,16 @@ def test_the_pages_lead_to_each_other(scene: Scene, opened: Opened) -> None:
     expect(page.locator("#runs tbody tr")).to_have_count(2)  # the tab still has the token
 
 
+def test_a_message_leads_to_the_slow_steps_of_its_run(scene: Scene, open_page: Open) -> None:
+    """The tables hide until the token is there; then the browser goes to where the link leads."""
+    opened = open_page(f"{scene.url}/?run=live-run#slow-steps")
+    enter(opened.page, scene.token)
+    expect(opened.page.locator("#slow-note")).to_have_text("of live-run, from their traces")
+    expect(opened.page.get_by_role("heading", name="Last slow steps")).to_be_in_viewport()
+    asked = [address for address in opened.requests if address.endswith("/slow_steps")]
+    assert asked and all(address.endswith("/live-run/slow_steps") for address in asked)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_follows_the_readers_scheme(scene: Scene, open_page: Open, scheme: str) -> None:
     opened = open_page(scene.url, width=390, height=844, scheme=scheme)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
+from obsinfra.config.notify import Notify
 from obsinfra.config.settings import Settings
 from obsinfra.deployment import which_stack
 from obsinfra.deployment.compose_stack import ComposeStack, engine_problem
@@ -195,7 +196,15 @@ case "$*" in
   *) echo "{{}}" ;;
 esac"""
     put_docker(tmp_path, monkeypatch, script)
-    info = ComposeStack(tmp_path / "runs/.stack").up(tmp_path / "runs")
+    people = Notify.model_validate({"webhook": {"url": "http://127.0.0.1:1/hook"}})
+    info = ComposeStack(tmp_path / "runs/.stack").up(tmp_path / "runs", notify=people)
+    # A message leads to this stack's own Grafana and Jaeger, wherever they listen now.
+    messages = (tmp_path / "runs/.stack/compose/alertmanager/templates/obsinfra-slack.tmpl").read_text()
+    for port, path in (
+        (info.ports.grafana, "d/obsinfra-run?"),
+        (info.ports.jaeger, "search?service=obsinfra"),
+    ):
+        assert f"<http://127.0.0.1:{port}/{path}" in messages
     assert info.services == {"prometheus": "running, healthy"} and not info.already_up
     assert calls.read_text().count("up") == 2
     assert ComposeStack(tmp_path / "runs/.stack").up(tmp_path / "runs").already_up

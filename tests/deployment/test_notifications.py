@@ -22,6 +22,7 @@ from stack_versions import StackVersion, each_version
 from terminal import Terminal
 from waiting import wait_for
 
+from obsinfra.alerting.messages import StackLinks
 from obsinfra.cli import alerts as commands
 from obsinfra.cli import main as cli
 from obsinfra.config.notify import Notify
@@ -35,6 +36,7 @@ pytestmark = [pytest.mark.stack]
 
 USER, PASSWORD = "obsinfra", "correct horse battery staple"
 FAST = {"group_wait": "1s", "group_interval": "1s"}
+SLOW_STEPS = "http://127.0.0.1:9465/?run={run}#slow-steps"
 ALWAYS = {"times": "00:00-24:00"}
 
 NASTY = "<!channel> & \"quoted\" 'x'\n\t{{ .Labels }} *b* `c` |> é😀 <script>alert(1)</script> "
@@ -114,7 +116,9 @@ def alertmanager(
         "alertmanager": f"127.0.0.1:{port}",
         "sidecar": f"127.0.0.1:{sidecar.port}",
     }
-    write_configuration(state, addresses, state / "token", notify=settings)
+    write_configuration(
+        state, addresses, state / "token", notify=settings, links=StackLinks(slow_steps=SLOW_STEPS)
+    )
     with (state / "alertmanager.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -181,6 +185,7 @@ def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, p
         "GradientExplosion it is", "my-run", "model byte_gpt", "value 250", "threshold 100",
         "The sidecar acts: emergency_checkpoint", "<https://example.org/runbook.md|Runbook>",
         "<https://grafana.example.org/d/obsinfra?var-run=my-run|Grafana>",
+        "<http://127.0.0.1:9465/?run=my-run#slow-steps|Slow steps>",
     ):  # fmt: skip
         assert part in attachment["text"]
 
@@ -191,7 +196,14 @@ def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, p
     for kind in ("plain", "html"):
         body = mail.get_body((kind,))
         assert body is not None
-        for part in ("GradientExplosion it is", "my-run", "250", "emergency_checkpoint", "runbook.md"):
+        for part in (
+            "GradientExplosion it is",
+            "my-run",
+            "250",
+            "emergency_checkpoint",
+            "runbook.md",
+            "?run=my-run#slow-steps",
+        ):
             assert part in body.get_content()
 
     [hook] = wait_for(lambda: people.http.at("/hook"), "the webhook is called")

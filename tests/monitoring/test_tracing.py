@@ -12,10 +12,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from otlp_receiver import Receiver, wait_for
 
+from obsinfra.alerting.messages import jaeger_search
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.tracing import (
     TraceParent,
@@ -99,6 +101,9 @@ def test_the_tree_is_run_epoch_step_phases(receiver: Receiver) -> None:
         "obsinfra.loss": 0.5,
     }
     assert step.resource["service.name"] == "obsinfra"
+    link = parse_qs(urlsplit(jaeger_search("http://jaeger:16686").replace("{run}", "r1")).query)
+    assert link["service"] == [step.resource["service.name"]]
+    assert json.loads(link["tags"][0]).items() <= step.resource.items()
     assert step.resource["service.instance.id"] == "r1/2"
     assert step.resource["host.name"] == socket.gethostname()
     assert step.resource["process.pid"] == os.getpid()

@@ -21,6 +21,9 @@ let token = sessionStorage.getItem("obsinfra-token") ?? "";
 let timer = 0;
 let slowAt = -Infinity;
 let slow = [];
+// A message about an alert leads to `?run=RUN#slow-steps`.
+const runOfSlow = new URLSearchParams(location.search).get("run");
+let asked = location.hash.slice(1);
 const awaited = new Map(); // id of a command given here → its name for the reader
 
 class Refused extends Error {}
@@ -212,7 +215,7 @@ async function slowOf(runs) {
   if (performance.now() - slowAt < SLOW_EVERY_MS) return slow;
   slowAt = performance.now();
   const found = await Promise.all(
-    runs.slice(0, MAX_SLOW_RUNS).map(async (run) =>
+    runs.filter((run) => runOfSlow === null || run.id === runOfSlow).slice(0, MAX_SLOW_RUNS).map(async (run) =>
       (await ask(`runs/${encodeURIComponent(run.id)}/slow_steps`)).map((step) => ({ run: run.id, ...step })),
     ),
   );
@@ -264,6 +267,7 @@ async function draw() {
       text(one.status), text(one.decision), text(one.action),
     ],
   })));
+  if (runOfSlow !== null) put($("slow-note"), "textContent", `of ${runOfSlow}, from their traces`);
   fill($("slow"), slowSteps.map((one) => ({
     key: `${one.run}/${one.rank}/${one.step}/${one.at}`,
     cells: [
@@ -316,6 +320,8 @@ function open() {
   $("connection").textContent = "";
   $("door").hidden = true;
   put($("main"), "hidden", false);
+  $(asked)?.scrollIntoView(); // once: only now is it there
+  asked = "";
   $("forget").hidden = false;
 }
 
