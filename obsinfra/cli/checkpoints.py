@@ -83,7 +83,10 @@ def list_checkpoints(run: RunPlace = "latest", output_dir: OutputDir = Path("run
             escape(", ".join(marks)),
             escape(info.reason or ("torch.distributed" if info.distributed else "")),
         )
-    _print_table(table)
+    if table.rows:
+        _print_table(table)
+    elif not damaged:
+        console.print(f"no checkpoint in {store.root} yet", soft_wrap=True)
     for path, problem in damaged.items():
         console.print(f"[red]damaged[/]  {path.stem}: {escape(problem)}", soft_wrap=True)
 
@@ -180,6 +183,8 @@ def verify(
             console.print(f"[green]sound[/]    {path.stem}")
         else:
             console.print(f"[red]damaged[/]  {path.stem}: {escape(problem)}", soft_wrap=True)
+    if not results:
+        console.print(f"no checkpoint in {store.root} yet", soft_wrap=True)
     if any(problem for _, problem in results):
         raise typer.Exit(1)
 

@@ -104,6 +104,9 @@ def observe(
                 ...
                 run.record(loss=loss, grad_norm=norm)
 
+    One iteration of `steps` is one optimizer step: gradients that are still being accumulated at its end are
+    in no checkpoint. The end of the loop saves nothing by itself; `run.checkpoint("final")` does.
+
     Args:
         model: the module being trained; a compiled or DDP-wrapped one is saved under its own names.
         optimizer: its optimizer, saved and restored with it.

@@ -386,3 +386,11 @@ def test_a_row_is_one_line_off_a_terminal_whatever_its_width(
     rows = run("list", "alpha").out.splitlines()
     assert rows[0].split() == ["checkpoint", "epoch", "step", "made", "(UTC)", "MB", "tags", "why"]
     assert [row.split()[0] for row in rows[1:]] == [path.stem for path in backup.store.manifest_paths()]
+
+
+def test_a_run_without_checkpoints_is_said_to_have_none(run: Terminal, backup: BackupSystem) -> None:
+    for path in backup.store.manifest_paths():
+        path.unlink()
+    for command in ("list", "verify"):
+        said = run(command, "alpha")
+        assert said.code == 0 and "no checkpoint in" in said.out
