@@ -178,6 +178,12 @@ class Settings(BaseModel):
         "How several ranks train: auto and ddp have the whole model on each, fsdp a part of it (FSDP2).",
         group="Several ranks",
     )
+    fsdp_offload: Literal["on", "off"] = _setting(
+        "off",
+        "With --parallel fsdp: keep parameters, gradients and optimizer state in host memory between their "
+        "uses; the optimizer's step is then the CPU's.",
+        group="Several ranks",
+    )
     gradient_compression: Literal["off", "bf16", "fp16", "powersgd"] = _setting(
         "off",
         "How gradients travel between ranks: off, bf16 or fp16 (half the bytes), powersgd (low rank).",

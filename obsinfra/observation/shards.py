@@ -68,5 +68,7 @@ def _part(value: Any, like: Any) -> Any:
     fits = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
     if not fits or isinstance(value, DTensor):
         return value
-    # Every rank has read all of it: it takes its part and asks nobody.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    # Every rank has read all of it: it takes its part and asks nobody. A part is on the mesh's device at
+    # first; parameters that are kept in host memory are not.
+    part = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return part.to(like.device)

@@ -100,8 +100,12 @@ class LoopState:
         if not tensors:
             return True
         # The largest magnitude is NaN or infinite as soon as one element is: one pass, one synchronisation.
-        largest = torch._foreach_norm(tensors, float("inf"))
-        return bool(torch.isfinite(torch.stack([norm.float() for norm in largest])).all())
+        # By device: of a model in shards the parameters were gathered in host memory, its buffers were not.
+        for device in {tensor.device for tensor in tensors}:
+            largest = torch._foreach_norm([one for one in tensors if one.device == device], float("inf"))
+            if not torch.isfinite(torch.stack([norm.float() for norm in largest])).all():
+                return False
+        return True
 
     def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """Put a captured state back.

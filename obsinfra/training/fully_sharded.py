@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, DataError
+from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.observation.ranks import Ranks
 from obsinfra.training.parallelism import DataParallel
 from obsinfra.workloads.protocol import Batches
@@ -53,6 +54,7 @@ class FullySharded(DataParallel):
                 )
         super().__init__(ranks)
         self._accumulate = settings.accumulate
+        self._offload = settings.fsdp_offload == "on"
         self._buffers: list[Tensor] = []
 
     def divide(self, batches: Batches, workload: str) -> Batches:
@@ -82,10 +84,22 @@ class FullySharded(DataParallel):
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, 0)
+        policy = self._policy(next(model.parameters()).device)
         for block in blocks_of(model):
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, offload_policy=policy)
+        fully_shard(model, offload_policy=policy)
         return model
+
+    def _policy(self, device: torch.device) -> OffloadPolicy:
+        """Where the parts are between their uses."""
+        if not self._offload:
+            return OffloadPolicy()
+        if device.type == "cpu":
+            get_logger("training").info(
+                "fsdp_offload_changes_nothing", why="on the CPU they are in host memory"
+            )
+        # Pinned, copies need not be waited for; without a device there is nothing to pin for.
+        return CPUOffloadPolicy(pin_memory=device.type != "cpu")
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """All parts, also an empty one, whose pass weighs nothing: it is a collective all the same.

@@ -233,6 +233,12 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
         ConfigError: what is asked for does not go together.
     """
     compression = settings.gradient_compression
+    if settings.fsdp_offload == "on" and settings.parallel != "fsdp":
+        raise ConfigError(
+            f"--fsdp-offload on with --parallel {settings.parallel}",
+            "a model in parts, of which this is a way to keep them",
+            "add --parallel fsdp, or drop --fsdp-offload",
+        )
     if ranks.alone:
         if settings.parallel == "fsdp":
             raise ConfigError(
