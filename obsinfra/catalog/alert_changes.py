@@ -109,6 +109,10 @@ def _with_action(alert: Alert, value: Any) -> Alert:
     name = _one_of(value, ("none", *ACTIONS))
     if name != "none" and alert.scope == "stack":
         raise ValueError("none: this alert speaks of no run that could be told to do something")
+    if name != "none" and (problem := ACTIONS[name].problem({})) is not None:
+        raise ValueError(
+            f"an action that needs no argument, or this one in [policy.alerts.{alert.name}]: {problem}"
+        )
     return replace(alert, action=None if name == "none" else ACTIONS[name])
 
 

@@ -89,6 +89,10 @@ def test_the_documented_environment_variables_are_read(
         ({"alerts": {"cpu": {"for_seconds": 1e12}}}, ["cpu.for_seconds", "from 0 to 3.16224e+07"]),
         ({"alerts": {"cpu": {"threshold": 10**400}}}, ["cpu.threshold", "a finite number"]),
         ({"thresholds": {"watchdog": 3}}, ["threshold watchdog = 3", "always fires"]),
+        (
+            {"alerts": {"cpu": {"action": "set_threshold"}}},
+            ["cpu.action", "[policy.alerts.HighCPU]", "without key"],
+        ),
         ({"alerts": {"sidecar_gone": {"action": "stop"}}}, ["sidecar_gone.action", "speaks of no run"]),
         ({"metrics_port": "70000"}, ["metrics_port", "70000"]),
     ],
