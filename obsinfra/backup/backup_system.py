@@ -369,7 +369,7 @@ class BackupSystem:
         check_fit(model, state["model"], name)
         for part_name, part in parts.items():
             try:
-                part.load_state_dict(state[part_name])
+                load_part(part, state[part_name])
             except (ValueError, KeyError, RuntimeError) as error:
                 raise CheckpointError(
                     f"the {part_name} does not fit checkpoint {name}: {error}",
@@ -395,6 +395,23 @@ def load_model(model: nn.Module, state: Mapping[str, Any], checkpoint: str) -> N
     """
     check_fit(model, state, checkpoint)
     model.load_state_dict(state)
+
+
+def load_part(part: Stateful, state: Any) -> None:
+    """Load the state of an optimizer, a scheduler or a scaler.
+
+    Raises:
+        ValueError: it is that of an optimizer of another class, which torch takes and stumbles over in the
+            next step; the optimizer is as it was.
+        KeyError, RuntimeError: it does not fit in another way.
+    """
+    before = part.state_dict() if isinstance(part, torch.optim.Optimizer) else {}
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        known = set.intersection(*(set(group) for group in part.param_groups))
+        if missing := part.defaults.keys() - known:
+            part.load_state_dict(before)
+            raise ValueError(f"its parameter groups have no {', '.join(sorted(missing))}")
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Any], checkpoint: str) -> None:

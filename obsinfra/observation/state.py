@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obsinfra.backup.backup_system import Stateful, load_model
+from obsinfra.backup.backup_system import Stateful, load_model, load_part
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
 from obsinfra.errors import CheckpointError
 from obsinfra.monitoring.recorder import Recorder
@@ -131,7 +131,7 @@ class LoopState:
                 found = state[part_name]
                 if self.in_shards and isinstance(part, torch.optim.Optimizer):
                     found = shards.scattered_optimizer(part, found)
-                part.load_state_dict(found)
+                load_part(part, found)
             except (ValueError, KeyError, RuntimeError) as error:
                 raise CheckpointError(
                     f"the {part_name} does not fit checkpoint {name}: {error}",

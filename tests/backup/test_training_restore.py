@@ -249,6 +249,22 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_nothing_touched(backup: B
     assert same(before, training.everything())
 
 
+@pytest.mark.parametrize(
+    "classes", [(torch.optim.AdamW, torch.optim.SGD), (torch.optim.SGD, torch.optim.Adam)]
+)
+def test_the_state_of_an_optimizer_of_another_class_is_refused_and_nothing_touched(
+    backup: BackupSystem, classes: tuple[Any, Any]
+) -> None:
+    """torch takes it, and fails in the next step for want of a key."""
+    model = torch.nn.Linear(2, 1)
+    backup.create_checkpoint(model, classes[0](model.parameters(), lr=0.1), step=1)
+    optimizer = classes[1](model.parameters(), lr=0.2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=r"the optimizer does not fit checkpoint .* groups have no"):
+        backup.restore_from_checkpoint(model, optimizer)
+    assert optimizer.state_dict() == before
+
+
 def test_a_state_saved_in_another_way_is_refused_clearly(backup: BackupSystem) -> None:
     """`save` takes any state; `restore_from_checkpoint` needs what `create_checkpoint` made."""
     backup.save({"weights": torch.ones(2)}, step=1, epoch=0)
