@@ -33,7 +33,7 @@ from obsinfra.dashboards.asking import (
     panels_of,
     put_questions,
 )
-from obsinfra.dashboards.reading import colour_of, legend_of, meaning, table_of, worded
+from obsinfra.dashboards.reading import colour_of, legend_of, meaning, scale_of, table_of, worded
 
 WIDTH_INCHES, GRID_HEIGHT_INCHES, DPI = 16.0, 0.33, 90
 BACKGROUND, SURFACE, INK, FAINT, RULE = "#111217", "#181b1f", "#d8d9da", "#8e9196", "#2c3038"
@@ -163,7 +163,8 @@ def _draw_panel(
         inner = (
             left + 0.042,
             bottom + 0.85 * unit + legend,
-            width - 0.05,
+            width
+            - (0.075 if panel["type"] == "heatmap" else 0.05),  # room for what is beside the scale of colours
             height - 2.05 * unit - legend,
         )
     axes = figure.add_axes(inner, facecolor=SURFACE)
@@ -203,13 +204,25 @@ def _timeseries(drawing: Drawing) -> None:
         axes.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     else:
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.yaxis.set_major_locator(_RoundTicks(drawing.unit))
         floor, ceiling = drawing.field.get("min"), drawing.field.get("max")
         if floor is not None or ceiling is not None:
             axes.set_ylim(bottom=floor, top=None if ceiling is None else 1.02 * ceiling)
     _thresholds(drawing)
     axes.yaxis.set_major_formatter(lambda value, _: worded(value, drawing.unit))
     _legend(axes, [(name, _nth(number)) for number, (name, _) in enumerate(series)])
+
+
+class _RoundTicks(ticker.MaxNLocator):
+    """A few ticks at round numbers of the unit they are written in: 10 GiB rather than 7.45."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(4, steps=[1, 2.5, 5, 10])  # a quarter of an hour is round, a tenth is not
+        self._unit = unit
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        scale = scale_of(max(abs(vmin), abs(vmax)), self._unit)
+        return [scale * tick for tick in super().tick_values(vmin / scale, vmax / scale)]
 
 
 def _thresholds(drawing: Drawing) -> None:
@@ -391,7 +404,8 @@ def _style(axes: Axes, *, grid: bool = True) -> None:
 def _time_axis(drawing: Drawing, *, marks: bool = True) -> None:
     axes, over = drawing.axes, drawing.over
     axes.set_xlim(over.start, over.end)
-    apart = next(one for one in TICKS if over.seconds / one <= 6 or one == TICKS[-1])
+    most = max(2, drawing.panel["gridPos"]["w"] // 2)  # labels side by side
+    apart = next(one for one in TICKS if over.seconds / one <= min(6, most) or one == TICKS[-1])
     axes.xaxis.set_major_locator(ticker.MultipleLocator(apart))
     pattern = "%H:%M" if apart >= 60 else "%H:%M:%S"
     axes.xaxis.set_major_formatter(lambda at, _: datetime.fromtimestamp(at).strftime(pattern))

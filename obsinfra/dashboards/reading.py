@@ -17,6 +17,9 @@ _SI = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K"))
 _BINARY = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _TIME = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
+ROUNDED_UP = 0.9995
+"""What is written with three digits is that of the next unit from here on: 999.6 µs are 1 ms."""
+
 
 def worded(value: float, unit: str) -> str:
     """A value in its unit. An unknown unit is written behind the number."""
@@ -50,6 +53,12 @@ def worded(value: float, unit: str) -> str:
                 if abs(value) >= size:
                     return f"{_short(value / size)}{name}"
             return _short(value)
+
+
+def scale_of(value: float, unit: str) -> float:
+    """The size of the unit in which a value is written: 60 for a time of some minutes."""
+    sizes = {"s": _TIME, "bytes": _BINARY, "Bps": _BINARY}.get(unit, ())
+    return next((size for size, _ in sizes if abs(value) >= size), 1.0)
 
 
 def legend_of(target: Document, series: Series) -> str:
@@ -146,6 +155,6 @@ def _short(value: float) -> str:
 
 def _scaled(value: float, sizes: Sequence[tuple[float, str]], smallest: str) -> str:
     for size, name in sizes:
-        if abs(value) >= size:
+        if abs(value) >= ROUNDED_UP * size:
             return f"{_short(value / size)} {name}"
     return f"{_short(value)} {smallest}"

@@ -358,6 +358,25 @@ def test_gradient_norm_shows_its_alert_threshold(open_page: Open, player: Player
 # ---- where it is read --------------------------------------------------------------------------
 
 
+def test_it_leads_to_all_runs_where_that_page_can_be_opened(open_page: Open, player: Player) -> None:
+    player.changes = {"all_runs_page": "http://127.0.0.1:9465"}
+    host = player.document()["run"]["host"]
+    link, note = "#all-runs", "#all-runs-note"
+    page = open_page(player.url).page
+    expect(page.locator(link)).to_have_attribute("href", "http://127.0.0.1:9465/")
+    expect(page.locator(note)).to_be_empty()
+    # Seen from another machine, a loopback address would be that machine's own.
+    far = open_page(player.url.replace("127.0.0.1", "far.localhost")).page
+    expect(far.locator(note)).to_have_text(f"the page of all runs opens on {host} alone, at 127.0.0.1:9465")
+    expect(far.locator(link)).to_be_hidden()
+    for changed in ("https://gpu-17.example/runs", None, "javascript:alert(1)", "no address"):
+        player.changes = {"all_runs_page": changed}
+        for one in (page, far):
+            expect(one.locator(link)).to_be_visible(visible=changed == "https://gpu-17.example/runs")
+            expect(one.locator(note)).to_be_empty()
+    player.changes = {}
+
+
 @pytest.mark.parametrize("width", [320, 390, 820, 1440])
 def test_no_horizontal_scroll_even_with_long_names(open_page: Open, player: Player, width: int) -> None:
     long = "x" * 150
