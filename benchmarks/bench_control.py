@@ -307,7 +307,7 @@ def bench_roundtrip(count: int = 500) -> None:
         synced = timeit.repeat(lambda: _durable_write(Path(place)), number=20, repeat=5)
     print(
         f"roundtrip  p50 {1e3 * statistics.median(taken):.2f} ms, p99 {1e3 * percentile(taken, 0.99):.2f} ms "
-        f"({count} commands, two durable acks each; one durable write here: {1e3 * min(synced) / 20:.2f} ms)"
+        f"({count} commands, two durable marks each; one durable write here: {1e3 * min(synced) / 20:.2f} ms)"
     )
 
 

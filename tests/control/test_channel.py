@@ -276,11 +276,20 @@ def test_what_a_killed_trainer_had_accepted_is_executed_after_its_restart(folder
 
 def test_what_a_killed_trainer_was_executing_is_reported_and_not_repeated(folder: RunFolder) -> None:
     sent = command("stop")
-    abandoned(folder, sent, "running")
+    abandoned(folder, sent, "accepted", "running")
     with trainer(folder) as executed:
         wait_for(lambda: ledger_of(folder, sent).state == "failed", "reported")
         assert send_command(folder, sent, timeout_seconds=20).state == "failed"
     assert executed == [] and "ended while it executed" in (ledger_of(folder, sent).error or "")
+
+
+def test_what_an_older_version_was_executing_is_not_repeated_either(folder: RunFolder) -> None:
+    """It wrote `running` into the ack's own file."""
+    sent = command("stop")
+    (folder.acks / f"{sent.id}.json").write_text(Ack(sent.id, "running").to_json())
+    with channel_of(folder) as (channel, _):
+        assert channel.submit(sent).state == "failed" and channel.take() == []
+    assert [path.name for path in folder.acks.iterdir()] == [f"{sent.id}.json"]
 
 
 def test_what_is_settled_is_not_executed_again_after_a_restart(folder: RunFolder) -> None:
