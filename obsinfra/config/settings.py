@@ -173,15 +173,22 @@ class Settings(BaseModel):
     threads: int = _setting(0, "CPU threads of torch; 0: torch's choice.", group="Hardware", ge=0, le=1024)
 
     # Several ranks
-    parallel: Literal["auto", "ddp", "fsdp"] = _setting(
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = _setting(
         "auto",
-        "How several ranks train: auto and ddp have the whole model on each, fsdp a part of it (FSDP2).",
+        "How several ranks train: auto and ddp have the whole model on each, fsdp a part of it (FSDP2), hsdp "
+        "the whole divided among each --shard-size of them.",
         group="Several ranks",
+    )
+    shard_size: int | None = _setting(
+        None,
+        "With --parallel hsdp: the ranks that have the whole model together; default: those of a host.",
+        group="Several ranks",
+        ge=1,
     )
     fsdp_offload: Literal["on", "off"] = _setting(
         "off",
-        "With --parallel fsdp: keep parameters, gradients and optimizer state in host memory between their "
-        "uses; the optimizer's step is then the CPU's.",
+        "With --parallel fsdp or hsdp: keep parameters, gradients and optimizer state in host memory between "
+        "their uses; the optimizer's step is then the CPU's.",
         group="Several ranks",
     )
     gradient_compression: Literal["off", "bf16", "fp16", "powersgd"] = _setting(

@@ -1,9 +1,10 @@
 """FSDP2: each rank keeps a part of the parameters, gradients and optimizer state, and computes with the whole
-of one block at a time. `choose_parallelism` makes one where `--parallel fsdp` asks for it.
+of one block at a time. `choose_parallelism` makes one where `--parallel fsdp` or `hsdp` asks for it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -34,6 +36,9 @@ REFUSED = {
 class FullySharded(DataParallel):
     """`fully_shard` on each block and on the model; data is divided as under DDP.
 
+    Under `hsdp`, neighbouring ranks have the whole together, and each of them averages its gradients with
+    those that have the same part in the other groups.
+
     Every pass is a collective of all ranks, so all make the same number of them.
 
     Args:
@@ -41,7 +46,7 @@ class FullySharded(DataParallel):
         settings: checked for what does not work with it.
 
     Raises:
-        ConfigError: a setting that does not work with it.
+        ConfigError: a setting that does not work with it, or shards that do not fit the ranks.
     """
 
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
@@ -50,9 +55,13 @@ class FullySharded(DataParallel):
             if value in values if values is not None else value is not None:
                 option = f"--{name.replace('_', '-')} {value}"
                 raise ConfigError(
-                    f"{option} with --parallel fsdp", f"one or the other: {why}", "drop one of them"
+                    f"{option} with --parallel {settings.parallel}",
+                    f"one or the other: {why}",
+                    "drop one of them",
                 )
         super().__init__(ranks)
+        self._how = settings.parallel
+        self._shard_size = _shard_size(ranks, settings)
         self._accumulate = settings.accumulate
         self._offload = settings.fsdp_offload == "on"
         self._buffers: list[Tensor] = []
@@ -71,7 +80,7 @@ class FullySharded(DataParallel):
             if 0 < last < self.ranks.size:
                 raise ConfigError(
                     f"the last batch of {workload} has {last} samples for {self.ranks.size} ranks",
-                    "a sample for each rank in every pass with --accumulate and --parallel fsdp",
+                    f"a sample for each rank in every pass with --accumulate and --parallel {self._how}",
                     "choose another --batch-size",
                 )
         return divided
@@ -84,11 +93,19 @@ class FullySharded(DataParallel):
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, 0)
-        policy = self._policy(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        mesh, policy = self._mesh(device), self._policy(device)
         for block in blocks_of(model):
-            fully_shard(block, offload_policy=policy)
-        fully_shard(model, offload_policy=policy)
+            fully_shard(block, mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
         return model
+
+    def _mesh(self, device: torch.device) -> DeviceMesh:
+        """The ranks in one row, or in rows that have the whole model each."""
+        rows = self.ranks.size // self._shard_size
+        if rows == 1:
+            return init_device_mesh(device.type, (self.ranks.size,))
+        return init_device_mesh(device.type, (rows, self._shard_size), mesh_dim_names=("replicate", "shard"))
 
     def _policy(self, device: torch.device) -> OffloadPolicy:
         """Where the parts are between their uses."""
@@ -110,7 +127,7 @@ class FullySharded(DataParallel):
         if len(batches) > 1 and (fewest := min(part.of for part in batches)) < self.ranks.size:
             raise DataError(
                 f"a batch of {fewest} samples for {self.ranks.size} ranks",
-                "a sample for each rank in every pass with --accumulate and --parallel fsdp",
+                f"a sample for each rank in every pass with --accumulate and --parallel {self._how}",
                 "choose another --batch-size",
             )
         return super().opened(batches)
@@ -135,6 +152,22 @@ class FullySharded(DataParallel):
     def in_shards(self) -> bool:
         """Yes."""
         return True
+
+
+def _shard_size(ranks: Ranks, settings: Settings) -> int:
+    """Ranks that have the whole model together."""
+    if settings.parallel != "hsdp":
+        return ranks.size
+    asked = settings.shard_size
+    size = asked or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    if ranks.size % size:
+        whose = "" if asked else " (the ranks of a host)"
+        raise ConfigError(
+            f"--shard-size {size}{whose} does not divide {ranks.size} ranks",
+            "shards of as many ranks each",
+            "choose another --shard-size or number of ranks",
+        )
+    return size
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

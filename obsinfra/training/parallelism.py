@@ -233,21 +233,27 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
         ConfigError: what is asked for does not go together.
     """
     compression = settings.gradient_compression
-    if settings.fsdp_offload == "on" and settings.parallel != "fsdp":
+    if settings.fsdp_offload == "on" and settings.parallel not in ("fsdp", "hsdp"):
         raise ConfigError(
             f"--fsdp-offload on with --parallel {settings.parallel}",
             "a model in parts, of which this is a way to keep them",
             "add --parallel fsdp, or drop --fsdp-offload",
         )
+    if settings.shard_size is not None and settings.parallel != "hsdp":
+        raise ConfigError(
+            f"--shard-size {settings.shard_size} with --parallel {settings.parallel}",
+            "--parallel hsdp, whose shards it sizes",
+            "add --parallel hsdp, or drop --shard-size",
+        )
     if ranks.alone:
-        if settings.parallel == "fsdp":
+        if settings.parallel in ("fsdp", "hsdp"):
             raise ConfigError(
-                "--parallel fsdp in one process",
+                f"--parallel {settings.parallel} in one process",
                 "several ranks to divide the model among",
                 "start with --nproc-per-node 2 or more, or train with --parallel auto",
             )
         return OneProcess(ranks)
-    if settings.parallel == "fsdp":
+    if settings.parallel in ("fsdp", "hsdp"):
         from obsinfra.training.fully_sharded import FullySharded
 
         return FullySharded(ranks, settings)

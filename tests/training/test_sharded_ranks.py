@@ -65,6 +65,29 @@ def test_two_ranks_with_half_the_model_each_train_as_one_process(tmp_path: Path)
     assert far(one["parameters"], two[0]["parameters"]) < 1e-3 < moved
 
 
+def _in_rows(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    with pytest.raises(ConfigError, match="--shard-size 3 does not divide 4 ranks"):
+        choose_parallelism(ranks, Settings(parallel="hsdp", shard_size=3))
+    return _weighed(ranks, output, settings)
+
+
+def test_two_pairs_with_the_model_in_halves_train_as_one_process_and_go_on_alone(tmp_path: Path) -> None:
+    """Shards that do not fit are refused by each rank; a checkpoint is the same as without."""
+    settings = {**GPT, "max_steps": 4}
+    one = trained(Alone(), tmp_path / "one", **settings)
+    four = in_group(4, _in_rows, tmp_path / "four", {**settings, "parallel": "hsdp", "shard_size": 2})
+    assert all(isinstance(rank, dict) for rank in four), four
+    own = [rank["own"] for rank in four]
+    assert own[0] + own[1] == own[2] + own[3] == sum(value.size for value in one["parameters"].values())
+    assert all(far(four[0]["parameters"], rank["parameters"]) == 0.0 for rank in four)
+    assert far(one["parameters"], four[0]["parameters"]) < 1e-3
+    resumed = {**settings, "run": None, "resume": "r"}
+    alone = trained(Alone(), tmp_path / "four", **resumed)
+    assert far(alone["parameters"], four[0]["parameters"]) == 0.0
+    two = in_group(2, _trained, tmp_path / "four", {**resumed, "parallel": "ddp", "max_steps": 6})
+    assert [rank["step"] for rank in two] == [6, 6], two
+
+
 def _handed_over(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
     """Go on from a checkpoint, and save what was put back before anything else."""
     found: dict[str, Any] = {}
@@ -218,6 +241,8 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
     assert found[0] == found[1]
     with pytest.raises(ConfigError, match="--parallel fsdp in one process"):
         choose_parallelism(Alone(), Settings(parallel="fsdp"))
+    with pytest.raises(ConfigError, match="--shard-size 2 with --parallel fsdp"):
+        choose_parallelism(Alone(), Settings(parallel="fsdp", shard_size=2))
     with pytest.raises(ConfigError, match="--fsdp-offload on with --parallel ddp"):
         choose_parallelism(Alone(), Settings(parallel="ddp", fsdp_offload="on"))
 
