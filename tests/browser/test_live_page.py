@@ -393,6 +393,11 @@ def test_no_horizontal_scroll_even_with_long_names(open_page: Open, player: Play
     page = open_page(player.url, width=width).page
     expect(page.locator("#model")).to_have_text(long)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width <= 1_000:  # rows are cards: nothing lies beyond the edge of a table either
+        cut = "one => one.scrollWidth > one.clientWidth"
+        tables = page.locator(".scroll:visible")
+        expect(tables.first).to_be_visible()
+        assert [table.get_attribute("aria-label") for table in tables.all() if table.evaluate(cut)] == []
 
 
 def test_dark_and_light_follow_the_reader_and_stay_legible(open_page: Open, trainer_url: str) -> None:

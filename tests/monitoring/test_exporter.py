@@ -290,6 +290,21 @@ def test_a_connection_on_which_nothing_comes_is_closed(monkeypatch: pytest.Monke
         served.server.stop()
 
 
+def test_an_answer_is_one_write(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each system call may cost a scrape 5 ms beside a busy loop, which then has the interpreter's lock."""
+    written: list[int] = []
+    write = socket.SocketIO.write
+
+    def counted(self: socket.SocketIO, data: Any) -> int | None:
+        written.append(len(data))
+        return write(self, data)
+
+    monkeypatch.setattr(socket.SocketIO, "write", counted)
+    served.samples = [Sample(catalog.VALIDATION_METRIC, {"metric": f"{n}"}, float(n)) for n in range(500)]
+    text, _ = fetch(f"{served.url}/metrics")
+    assert len(written) == 1 and written[0] > len(text) > 8_192, written
+
+
 def test_an_answer_larger_than_one_write_arrives_whole(served: Served) -> None:
     served.samples = [
         Sample(catalog.VALIDATION_METRIC, {"metric": f"{number}" + "x" * 1_000}, float(number))
