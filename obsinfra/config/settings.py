@@ -173,15 +173,22 @@ class Settings(BaseModel):
     threads: int = _setting(0, "CPU threads of torch; 0: torch's choice.", group="Hardware", ge=0, le=1024)
 
     # Several ranks
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = _setting(
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp", "tp"] = _setting(
         "auto",
         "How several ranks train: auto and ddp have the whole model on each, fsdp a part of it (FSDP2), hsdp "
-        "the whole divided among each --shard-size of them.",
+        "the whole divided among each --shard-size of them, tp a part of each layer (byte_gpt).",
         group="Several ranks",
     )
     shard_size: int | None = _setting(
         None,
         "With --parallel hsdp: the ranks that have the whole model together; default: those of a host.",
+        group="Several ranks",
+        ge=1,
+    )
+    tensor_parallel_size: int | None = _setting(
+        None,
+        "With --parallel tp: the ranks that compute a batch together; the data is divided among such groups. "
+        "Default: the ranks of a host.",
         group="Several ranks",
         ge=1,
     )

@@ -80,10 +80,12 @@ class Ranks(Protocol):
 
     Attributes:
         rank, size: this one and how many there are.
+        draws_as: ranks of the same number here draw the same random numbers in a step.
     """
 
     rank: int
     size: int
+    draws_as: int
 
     @property
     def first(self) -> bool:
@@ -173,6 +175,7 @@ class Alone:
     rank, size, first, alone = 0, 1, True, True
 
     def __init__(self) -> None:
+        self.draws_as = 0
         self._posted: list[Request] = []
 
     def folder(self, root: Path) -> RunFolder:
@@ -238,6 +241,7 @@ class Group:
     def __init__(self, store: Store, launch: Store, rank: int, size: int, attempt: int) -> None:
         self._store, self._launch = store, launch
         self.rank, self.size, self.attempt = rank, size, attempt
+        self.draws_as = rank
         if rank == 0:
             store.set("size", str(size))
         self._agreement: Agreement | None = None
@@ -292,7 +296,7 @@ class Group:
     def begin_step(self, step: int) -> None:
         # A function of seed, step and rank, so that a checkpoint need not hold what every rank had: the
         # ranks that resume, however many, draw what they would have drawn.
-        seed_all(derived_seed(self._seed, "step", step, self.rank))
+        seed_all(derived_seed(self._seed, "step", step, self.draws_as))
 
     def share(self, what: str, make: Callable[[], Any]) -> Any:
         key = self._key(what)

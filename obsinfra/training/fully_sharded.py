@@ -4,7 +4,6 @@ of one block at a time. `choose_parallelism` makes one where `--parallel fsdp` o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, DataError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.observation.ranks import Ranks
-from obsinfra.training.parallelism import DataParallel
+from obsinfra.training.parallelism import DataParallel, group_size
 from obsinfra.workloads.protocol import Batches
 
 REFUSED = {
@@ -50,18 +49,12 @@ class FullySharded(DataParallel):
     """
 
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
-        for name, (values, why) in REFUSED.items():
-            value = getattr(settings, name)
-            if value in values if values is not None else value is not None:
-                option = f"--{name.replace('_', '-')} {value}"
-                raise ConfigError(
-                    f"{option} with --parallel {settings.parallel}",
-                    f"one or the other: {why}",
-                    "drop one of them",
-                )
+        refuse_what_needs_whole_models(settings)
         super().__init__(ranks)
         self._how = settings.parallel
-        self._shard_size = _shard_size(ranks, settings)
+        self._shard_size = ranks.size
+        if settings.parallel == "hsdp":
+            self._shard_size = group_size(ranks, settings.shard_size, "--shard-size")
         self._accumulate = settings.accumulate
         self._offload = settings.fsdp_offload == "on"
         self._buffers: list[Tensor] = []
@@ -87,9 +80,7 @@ class FullySharded(DataParallel):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself, in parts, with rank 0's values."""
-        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        kept = model.state_dict().keys() - names
-        self._buffers = [buffer for name, buffer in model.named_buffers() if name in kept]
+        self._buffers = saved_buffers(model)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, 0)
@@ -154,20 +145,28 @@ class FullySharded(DataParallel):
         return True
 
 
-def _shard_size(ranks: Ranks, settings: Settings) -> int:
-    """Ranks that have the whole model together."""
-    if settings.parallel != "hsdp":
-        return ranks.size
-    asked = settings.shard_size
-    size = asked or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    if ranks.size % size:
-        whose = "" if asked else " (the ranks of a host)"
-        raise ConfigError(
-            f"--shard-size {size}{whose} does not divide {ranks.size} ranks",
-            "shards of as many ranks each",
-            "choose another --shard-size or number of ranks",
-        )
-    return size
+def refuse_what_needs_whole_models(settings: Settings) -> None:
+    """Whether all settings work where ranks have parts of the model.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name, (values, why) in REFUSED.items():
+        value = getattr(settings, name)
+        if value in values if values is not None else value is not None:
+            option = f"--{name.replace('_', '-')} {value}"
+            raise ConfigError(
+                f"{option} with --parallel {settings.parallel}",
+                f"one or the other: {why}",
+                "drop one of them",
+            )
+
+
+def saved_buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers that are part of its state."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = model.state_dict().keys() - names
+    return [buffer for name, buffer in model.named_buffers() if name in kept]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -74,6 +75,10 @@ class Parallelism(Protocol):
         """Clip the gradients by their norm over all parameters; the norm before, the same everywhere."""
         ...
 
+    def counted(self, samples: int) -> int:
+        """Samples of a step's that this rank counts as its own, so that their sum over ranks is right."""
+        ...
+
     @property
     def in_shards(self) -> bool:
         """Whether this rank has a part of the model only."""
@@ -111,6 +116,9 @@ class OneProcess:
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         return clip_grad_norm_(parameters, limit)
 
+    def counted(self, samples: int) -> int:
+        return samples
+
     in_shards = False
 
     def agreed(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -123,10 +131,14 @@ class DataParallel:
     Args:
         ranks: the group; torch's process group is there.
         compression: of gradients, see `Settings.gradient_compression`.
+
+    Attributes:
+        part, parts: which part of the data is this rank's, of how many.
     """
 
     def __init__(self, ranks: Ranks, compression: str = "off") -> None:
         self.ranks, self._compression = ranks, compression
+        self.part, self.parts = ranks.rank, ranks.size
         self._own_time: OwnTime | None = None
 
     def device_name(self, settings: Settings) -> str:
@@ -145,18 +157,18 @@ class DataParallel:
         divide = getattr(batches, "divide", None)
         if divide is None:
             raise ConfigError(
-                f"the data of {workload} cannot be divided among {self.ranks.size} ranks",
+                f"the data of {workload} cannot be divided among {self.parts} ranks",
                 "a workload whose batches have divide(rank, size), such as byte_gpt or digits",
                 "train it in one process",
             )
-        size = getattr(batches, "batch_size", self.ranks.size)
-        if size < self.ranks.size:
+        size = getattr(batches, "batch_size", self.parts)
+        if size < self.parts:
             raise ConfigError(
-                f"{self.ranks.size} ranks for batches of {size} samples",
+                f"{self.parts} ranks for batches of {size} samples",
                 "at least one sample for each rank",
                 "choose a larger --batch-size, which counts the samples of all ranks, or fewer ranks",
             )
-        divide(self.ranks.rank, self.ranks.size)
+        divide(self.part, self.parts)
         return batches
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -191,7 +203,7 @@ class DataParallel:
         """Parts as they are; an empty one is left out unless there is nothing else."""
         rows, of = sum(part.rows for part in batches), sum(part.of for part in batches)
         used = [part.batch for part in batches if part.rows] or [batches[0].batch]
-        return used, rows * self.ranks.size / of
+        return used, rows * self.parts / of
 
     def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
         """DDP's `no_sync` but for the last."""
@@ -208,6 +220,10 @@ class DataParallel:
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Every rank has all gradients."""
         return clip_grad_norm_(parameters, limit)
+
+    def counted(self, samples: int) -> int:
+        """All of its part."""
+        return samples
 
     @property
     def in_shards(self) -> bool:
@@ -245,8 +261,14 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
             "--parallel hsdp, whose shards it sizes",
             "add --parallel hsdp, or drop --shard-size",
         )
+    if settings.tensor_parallel_size is not None and settings.parallel != "tp":
+        raise ConfigError(
+            f"--tensor-parallel-size {settings.tensor_parallel_size} with --parallel {settings.parallel}",
+            "--parallel tp, whose groups it sizes",
+            "add --parallel tp, or drop --tensor-parallel-size",
+        )
     if ranks.alone:
-        if settings.parallel in ("fsdp", "hsdp"):
+        if settings.parallel in ("fsdp", "hsdp", "tp"):
             raise ConfigError(
                 f"--parallel {settings.parallel} in one process",
                 "several ranks to divide the model among",
@@ -257,6 +279,10 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
         from obsinfra.training.fully_sharded import FullySharded
 
         return FullySharded(ranks, settings)
+    if settings.parallel == "tp":
+        from obsinfra.training.tensor_parallel import TensorParallel
+
+        return TensorParallel(ranks, settings)
     if settings.oom_recovery == "on":
         if compression != "off":
             raise ConfigError(
@@ -268,6 +294,23 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
 
         return LateDataParallel(ranks)
     return DataParallel(ranks, compression)
+
+
+def group_size(ranks: Ranks, asked: int | None, option: str) -> int:
+    """Ranks of a group; those of a host unless asked otherwise.
+
+    Raises:
+        ConfigError: it does not divide the number of ranks.
+    """
+    size = asked or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    if ranks.size % size:
+        whose = "" if asked else " (the ranks of a host)"
+        raise ConfigError(
+            f"{option} {size}{whose} does not divide {ranks.size} ranks",
+            "groups of as many ranks each",
+            f"choose another {option} or number of ranks",
+        )
+    return size
 
 
 def _compressing(how: str) -> tuple[Any, Callable[..., Any]]:

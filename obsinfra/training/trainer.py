@@ -246,7 +246,7 @@ class Trainer:
         run.record(
             loss=passes.loss,
             grad_norm=norm,
-            samples=passes.samples,
+            samples=self.parallel.counted(passes.samples),
             learning_rate=self.schedule.learning_rate,
             **passes.metrics,
         )

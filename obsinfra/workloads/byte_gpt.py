@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from obsinfra.errors import UserError
+from obsinfra.errors import ConfigError, UserError
 from obsinfra.workloads.batches import MapBatches
 from obsinfra.workloads.protocol import Batches, Defaults, StepOutput
 from obsinfra.workloads.text_corpus import Corpus, open_corpus
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 BYTES = 256
 VALIDATION_WINDOWS = 512
@@ -54,19 +57,21 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, T, C] → [B, T, C]."""
-        batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        batch, length, _ = x.shape
+        packed = self.qkv(x)
+        heads = packed.shape[-1] // (3 * self.head_width)  # of this rank, under tensor parallelism
+        qkv = packed.view(batch, length, 3, heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = functional.scaled_dot_product_attention(
             _rotated(q, rotation), _rotated(k, rotation), v, is_causal=True
         )
-        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, heads * self.head_width))
         return result
 
 
@@ -100,6 +105,7 @@ class ByteGPT(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.shape = shape
         width, head = shape.width, shape.width // shape.heads
         self.embedding = nn.Embedding(BYTES, width)
         self.blocks = nn.ModuleList(Block(width, shape.heads) for _ in range(shape.layers))
@@ -120,6 +126,32 @@ class ByteGPT(nn.Module):
             assert isinstance(block, Block)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.down.weight)
+
+    def tensor_parallel_plan(self, size: int) -> dict[str, ParallelStyle]:
+        """Layers that `size` ranks divide: heads of attention, and the inner width of the MLP. What is not
+        named here each rank has whole: embedding, norms and head are small.
+
+        Raises:
+            ConfigError: the heads cannot be divided so.
+        """
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        from obsinfra.optimization.tensor_styles import PackedColwise
+
+        if self.shape.heads % size:
+            raise ConfigError(
+                f"{self.shape.heads} heads of byte_gpt cannot be divided among {size} ranks",
+                "a number of ranks that divides the heads",
+                "choose another --tensor-parallel-size or --model-size",
+            )
+        styles: dict[str, ParallelStyle] = {}
+        for number in range(len(self.blocks)):
+            block = f"blocks.{number}"
+            styles[f"{block}.attention.qkv"] = PackedColwise(3)
+            styles[f"{block}.attention.out"] = RowwiseParallel()
+            styles[f"{block}.up"] = ColwiseParallel()
+            styles[f"{block}.down"] = RowwiseParallel()
+        return styles
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Bytes int64 [B, T], T up to the context → logits of each next byte [B, T, 256]."""

@@ -106,7 +106,12 @@ class Workload(Protocol):
     defaults: Defaults
 
     def build_model(self) -> nn.Module:
-        """A freshly initialised model on the CPU; uses torch's global generator, seeded by the trainer."""
+        """A freshly initialised model on the CPU; uses torch's global generator, seeded by the trainer.
+
+        For `--parallel tp` it has a method `tensor_parallel_plan(size)`: from names of its modules to the
+        styles of `torch.distributed.tensor.parallel`, or a ConfigError. The rest of it is whole on
+        every rank.
+        """
         ...
 
     def train_batches(

@@ -1,0 +1,89 @@
+"""Ranks that compute each layer together train as one process does; their checkpoints are anybody's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_processes import in_group, trained
+from test_sharded_ranks import GPT, REFUSED, _handed_over, far
+from torch import nn
+
+from obsinfra.backup.backup_system import create_backup_system
+from obsinfra.backup.compare import count_tensors, differences
+from obsinfra.config.settings import Settings
+from obsinfra.errors import ConfigError
+from obsinfra.observation.observed_run import ObservedRun
+from obsinfra.observation.ranks import Alone
+from obsinfra.training.parallelism import choose_parallelism
+from obsinfra.workloads.byte_gpt import SIZES, ByteGPT
+
+pytestmark = pytest.mark.slow
+
+
+def _weighed(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    """Refusals first, on every rank; then train, with the size of this rank's part of a block."""
+    for name, value in {**REFUSED, "tensor_parallel_size": 3}.items():
+        with pytest.raises(ConfigError) as error:
+            choose_parallelism(ranks, Settings(parallel="tp", **{name: value}))
+        assert str(error.value).startswith(f"--{name.replace('_', '-')} {value} "), error.value
+    with pytest.raises(ConfigError, match="Linear, which has no tensor_parallel_plan"):
+        choose_parallelism(ranks, Settings(parallel="tp", tensor_parallel_size=2)).wrap(nn.Linear(2, 2))
+    own: list[int] = []
+    runs: list[ObservedRun] = []
+
+    def weigh(run: ObservedRun) -> None:
+        runs.append(run)
+        own.extend(parameter.to_local().numel() for parameter in run.model.blocks[0].parameters())
+
+    outcome = trained(ranks, output, weigh, **settings)
+    return {**outcome, "own": sum(own), "samples": runs[0].monitor.recorder.samples}
+
+
+def test_two_pairs_train_as_one_process(tmp_path: Path) -> None:
+    """Pairs divide the layers, and the data is divided among pairs; two passes a step, clipped by the norm
+    over all of the model. Samples of all ranks add up to those there were."""
+    settings = {**GPT, "max_steps": 4, "accumulate": 2, "clip_norm": 0.5}
+    one = trained(Alone(), tmp_path / "one", **settings)
+    tp = {"parallel": "tp", "tensor_parallel_size": 2}
+    four = in_group(4, _weighed, tmp_path / "four", {**settings, **tp})
+    assert all(isinstance(rank, dict) for rank in four), four
+    width = SIZES["nano"].width
+    assert [rank["own"] for rank in four] == [12 * width**2 // 2 + 2 * width] * 4
+    assert sum(rank["samples"] for rank in four) == 4 * 2 * 4
+    assert all(far(four[0]["parameters"], rank["parameters"]) == 0.0 for rank in four)
+    other = trained(Alone(), tmp_path / "other", **{**settings, "seed": 1})
+    moved = far(one["parameters"], other["parameters"])
+    assert far(one["parameters"], four[0]["parameters"]) < 1e-3 < moved
+
+
+def test_a_run_goes_on_alone_and_back_bit_for_bit(tmp_path: Path) -> None:
+    """Parameters, moments and all are put back as they were."""
+    settings = {**GPT, "parallel": "tp", "max_steps": 3}
+    in_group(2, _trained, tmp_path, settings)
+    resumed = {**GPT, "run": None, "resume": "r"}
+    alone = trained(Alone(), tmp_path, **{**resumed, "max_steps": 5})
+    two = in_group(2, _handed_over, tmp_path, {**resumed, "parallel": "tp", "max_steps": 6})
+    assert all(isinstance(rank, dict) for rank in two), two
+    store = create_backup_system(tmp_path / "r" / "checkpoints")
+    before, after = (store.load(two[0][name]) for name in ("from", "saved"))
+    assert alone["step"] == before.info.step == after.info.step == 5 and two[0]["step"] == 6
+    assert count_tensors(before.state["optimizer"]) == 3 * count_tensors(before.state["model"])
+    assert differences(before.state["model"], after.state["model"]) == []
+    assert differences(before.state["optimizer"], after.state["optimizer"]) == []
+    uncut = trained(Alone(), tmp_path / "uncut", **{**GPT, "max_steps": 6})
+    assert far(uncut["parameters"], two[0]["parameters"]) < 1e-3
+
+
+def _trained(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    return trained(ranks, output, **settings)
+
+
+def test_what_does_not_go_with_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="4 heads of byte_gpt cannot be divided among 3 ranks"):
+        ByteGPT(SIZES["nano"]).tensor_parallel_plan(3)
+    with pytest.raises(ConfigError, match="--parallel tp in one process"):
+        choose_parallelism(Alone(), Settings(parallel="tp"))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 with --parallel ddp"):
+        choose_parallelism(Alone(), Settings(parallel="ddp", tensor_parallel_size=2))
