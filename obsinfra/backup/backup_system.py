@@ -268,8 +268,11 @@ class BackupSystem:
                     results.append(Verification(path, str(error)))
         return results
 
-    def prune(self) -> Sequence[Path]:
+    def prune(self, just_saved: Path | None = None) -> Sequence[Path]:
         """Remove what the retention does not keep, then chunks nobody needs; see `retention.prune`.
+
+        Args:
+            just_saved: a checkpoint that this process has committed, but not by `save`.
 
         Returns:
             Manifests removed.
@@ -277,7 +280,7 @@ class BackupSystem:
         Raises:
             OSError: the disk failed.
         """
-        return prune(self.store, self.policy, self._last_saved)
+        return prune(self.store, self.policy, just_saved or self._last_saved)
 
     def tag(self, checkpoint: Path | str, name: str, *, move: bool = False) -> None:
         """Give a checkpoint a name, by which it is found and kept; see `tags.tag`.

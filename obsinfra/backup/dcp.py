@@ -67,6 +67,8 @@ class ObsinfraWriter(StorageWriter):
         reason: why it is made.
         run: run id.
         attributes: further JSON facts for the manifest.
+        resumable: for states by `dcp_state.flat_state`: whether a run goes on from it without being asked to
+            by name. None: a state of your own.
         files: how writes reach the disk; for fault injection.
 
     Attributes:
@@ -89,12 +91,15 @@ class ObsinfraWriter(StorageWriter):
         reason: str | None = None,
         run: str = "",
         attributes: Mapping[str, Any] | None = None,
+        resumable: bool | None = None,
         files: FileLayer | None = None,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}; expected one of {', '.join(KINDS)}")
-        # `BackupSystem.load` passes over what is not resumable: the state is DCP's, not one of its own.
-        facts = {**(attributes or {}), "format": DISTRIBUTED, "resumable": False}
+        # `BackupSystem.load` passes over what is not resumable: the state is then the user's own.
+        facts = {**(attributes or {}), "format": DISTRIBUTED, "resumable": bool(resumable)}
+        if resumable is not None:
+            facts["trainer"] = True
         self._head = Head(run, kind, step, epoch, metrics or {}, reason, facts, code_versions())
         self._files = files
         self._store = CheckpointStore(Path(path), files)

@@ -29,7 +29,8 @@ def read_any_state(store: CheckpointStore, manifest: Manifest) -> Any:
     Raises:
         CheckpointError: a chunk is absent or damaged, or the manifest contradicts itself.
     """
-    return read_whole(store, manifest) if manifest.distributed else read_state(store, manifest)
+    own = manifest.distributed and not manifest.in_parts
+    return read_whole(store, manifest) if own else read_state(store, manifest)
 
 
 def read_whole(store: CheckpointStore, manifest: Manifest) -> dict[str, Any]:

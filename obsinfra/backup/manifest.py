@@ -86,6 +86,11 @@ class Manifest:
         return isinstance(self.state, dict) and self.state.get("$") == DISTRIBUTED
 
     @property
+    def in_parts(self) -> bool:
+        """Whether it is distributed, and of a trainer: `read_state` reads it as any other."""
+        return self.distributed and bool(self.attributes.get("trainer", False))
+
+    @property
     def resumable(self) -> bool:
         """Whether a run goes on from it without being asked to by name; true unless it says otherwise."""
         return bool(self.attributes.get("resumable", True))

@@ -250,6 +250,12 @@ class Settings(BaseModel):
         env="CHECKPOINT_REMOTE",
         group="Checkpoints",
     )
+    checkpoint_form: Literal["whole", "sharded"] = _setting(
+        "whole",
+        "sharded: with --parallel fsdp or hsdp each rank writes its own part, and all wait for it; but for "
+        "emergencies, which are whole.",
+        group="Checkpoints",
+    )
     checkpoint_compression: Literal["off", "auto"] = _setting(
         "off",
         "auto: compress, with zstd, the parts of checkpoints that a sample says shrink by a quarter or more.",

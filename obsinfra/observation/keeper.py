@@ -12,11 +12,11 @@ from time import perf_counter
 from typing import Any, Literal
 
 from obsinfra.backup.background_mirror import BackgroundMirror, CheckpointMirror, MirrorReport, NoMirror
-from obsinfra.backup.backup_system import BackupSystem
+from obsinfra.backup.backup_system import BackupSystem, SavedCheckpoint
 from obsinfra.backup.checkpointer import Checkpointer, PendingCommit, create_checkpointer
 from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings
-from obsinfra.errors import ObsinfraError
+from obsinfra.errors import CheckpointError, ObsinfraError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.tracing import trace_id_of
 from obsinfra.monitoring.training_monitor import TrainingMonitor
@@ -107,6 +107,8 @@ class Keeper:
             in `mirror.jsonl`, what it copied after the trainer's end.
         ask_all: for a state in shards, of which a copy takes all ranks: has every rank call `agreed` at one
             boundary. None: this process has all of the state.
+        shared_store: of a state in shards, the folder into which every rank writes its own part, where
+            `settings.checkpoint_form` asks for that.
 
     Attributes:
         due: `perf_counter` moment at which `keep_up` wants to be called next.
@@ -123,8 +125,11 @@ class Keeper:
         run: str,
         log_path: Path,
         ask_all: Callable[[str], None] | None = None,
+        shared_store: Path | None = None,
     ) -> None:
         self.backup = backup
+        sharded = settings.checkpoint_form == "sharded" and not settings.disable_backups
+        self._shared_store, self._run = (shared_store if sharded else None), run
         self._ask_all = ask_all
         self._lends = ask_all is not None and not settings.disable_backups
         self._state = state
@@ -242,6 +247,8 @@ class Keeper:
         Returns:
             None when backups are disabled or nothing could be copied (counted and logged).
         """
+        if self._shared_store is not None and kind != "emergency":
+            return self._save_in_parts(self._shared_store, kind, request, epoch)
         if self._checkpointer is None:
             self._lend()
             return None
@@ -253,12 +260,15 @@ class Keeper:
         if not taken:
             self._failed(kind, "both snapshots were being committed all the time")
         if kind == "regular":
-            # Whether it worked or not: a full disk is tried again after the interval, not at every step.
-            self._last_regular_at = perf_counter()
-            if self._settings.checkpoint_seconds > 0:
-                self._checkpoint_due = perf_counter() + self._settings.checkpoint_seconds
-            self.due = min(self._snapshot_due, self._checkpoint_due)
+            self._rest()
         return saving
+
+    def _rest(self) -> None:
+        # Whether it worked or not: a full disk is tried again after the interval, not at every step.
+        self._last_regular_at = perf_counter()
+        if self._settings.checkpoint_seconds > 0:
+            self._checkpoint_due = perf_counter() + self._settings.checkpoint_seconds
+        self.due = min(self._snapshot_due, self._checkpoint_due)
 
     def begin_snapshot(self, request: Request) -> Saving | None:
         """Have the newest sound snapshot committed as an emergency; any thread. None when there is none."""
@@ -297,6 +307,41 @@ class Keeper:
         if self._lends:
             with self._recorder.phase("checkpoint"):
                 self._state.capture()
+
+    def _save_in_parts(self, store: Path, kind: Kind, request: Request, epoch: int) -> Saving | None:
+        """Every rank writes its own part, and waits until all have; rank 0 commits and tells of it."""
+        from obsinfra.backup import dcp_state
+
+        saved: SavedCheckpoint | None = None
+        self._mirror.start()
+        with self._recorder.phase("checkpoint"):
+            try:
+                state = self._state.capture(in_parts=True)
+                if not dcp_state.everywhere(self.sound(), state):
+                    raise CheckpointError("the state is not finite on every rank")
+                saved = dcp_state.save_in_parts(
+                    state,
+                    store,
+                    kind=kind,
+                    step=self._recorder.step,
+                    epoch=epoch,
+                    metrics=self._metrics(),
+                    reason=request.reason,
+                    run=self._run,
+                    resumable=kind != "best",
+                )
+                if saved is not None and self.backup is not None:
+                    self.backup.prune(saved.path)
+            except (OSError, ObsinfraError) as error:
+                if self.backup is not None:
+                    self._failed(kind, str(error))
+        if self.backup is not None and kind == "regular":
+            self._rest()
+        if saved is None:
+            return None
+        saving = Saving()
+        saving.settle(self._reported(saved, request, "live state"))
+        return saving
 
     def _take(self, epoch: int, *, urgent: bool, wait: float) -> bool:
         assert self._checkpointer is not None
@@ -345,6 +390,9 @@ class Keeper:
         except (OSError, ObsinfraError) as error:
             self._failed(pending.kind, str(error))
             return None
+        return self._reported(saved, request, source)
+
+    def _reported(self, saved: SavedCheckpoint, request: Request, source: Source) -> Committed:
         self.last_commit_seconds = saved.duration_seconds
         self._mirror.committed()
         self._monitor.checkpoint_committed(

@@ -268,6 +268,7 @@ class ObservedRun:
             run=self.folder.id,
             log_path=self.folder.logs / "writer.jsonl",
             ask_all=(lambda what: ranks.post("copy", {"what": what})) if in_shards else None,
+            shared_store=self.folder.checkpoints if in_shards else None,
         )
         self._door = SignalDoor(
             settings.stop_signals, on_signal=self._on_signal, on_second_interrupt=self._on_second_interrupt

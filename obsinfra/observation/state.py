@@ -64,11 +64,15 @@ class LoopState:
         """Optimizer, scheduler and scaler, as far as there are any."""
         return self._parts
 
-    def capture(self) -> dict[str, Any]:
+    def capture(self, *, in_parts: bool = False) -> dict[str, Any]:
         """The present state; tensors are the live ones, not copies, but for those that were gathered from
-        several ranks. On the loop's thread, between steps."""
+        several ranks. On the loop's thread, between steps.
+
+        Args:
+            in_parts: do not gather: this rank's parts, as DTensors.
+        """
         parts: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
-        if self.in_shards:
+        if self.in_shards and not in_parts:
             from obsinfra.observation import shards
 
             model = shards.gathered_model(self._model, keep=self._keeps)

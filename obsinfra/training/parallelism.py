@@ -255,6 +255,19 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
             "a model in parts, of which this is a way to keep them",
             "add --parallel fsdp, or drop --fsdp-offload",
         )
+    if settings.checkpoint_form == "sharded":
+        if settings.parallel not in ("fsdp", "hsdp"):
+            raise ConfigError(
+                f"--checkpoint-form sharded with --parallel {settings.parallel}",
+                "fsdp or hsdp, whose parts each rank can write",
+                "add --parallel fsdp, or drop --checkpoint-form",
+            )
+        if settings.checkpoint_compression != "off":
+            raise ConfigError(
+                f"--checkpoint-form sharded with --checkpoint-compression {settings.checkpoint_compression}",
+                "one or the other: parts are written as they are",
+                "drop one of them",
+            )
     if settings.shard_size is not None and settings.parallel != "hsdp":
         raise ConfigError(
             f"--shard-size {settings.shard_size} with --parallel {settings.parallel}",

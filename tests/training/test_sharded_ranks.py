@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from obsinfra.backup.backup_system import create_backup_system
 from obsinfra.backup.compare import count_tensors, differences
+from obsinfra.backup.dcp import ObsinfraWriter
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import new_command
 from obsinfra.errors import ConfigError
@@ -127,6 +129,50 @@ def test_a_run_in_parts_goes_on_alone(tmp_path: Path) -> None:
     assert far(two[0]["parameters"], alone["parameters"]) == 0.0
 
 
+def _in_parts(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    """A part that cannot be written fails the checkpoint on both; then train."""
+    kept: list[Any] = []
+
+    def fail_once(run: ObservedRun) -> None:
+        write = ObsinfraWriter.write_data
+        if ranks.rank == 1:
+            ObsinfraWriter.write_data = _full_disk  # type: ignore[method-assign]
+        kept.extend(
+            [
+                run.checkpoint("regular", "a full disk"),
+                len(list(run.folder.checkpoints.glob("manifests/*.json"))),
+            ]
+        )
+        ObsinfraWriter.write_data = write  # type: ignore[method-assign]
+
+    return {**trained(ranks, output, fail_once, **settings), "kept": kept}
+
+
+def _full_disk(*arguments: Any) -> Any:
+    raise OSError(errno.ENOSPC, "no space left")
+
+
+def test_each_rank_writes_its_part_and_any_number_of_ranks_goes_on_from_them(tmp_path: Path) -> None:
+    """Two ranks, then two pairs, then one process: parameters and moments are put back bit for bit."""
+    form = {**GPT, "checkpoint_form": "sharded"}
+    two = in_group(2, _in_parts, tmp_path, {**form, "parallel": "fsdp", "max_steps": 3})
+    assert [rank["kept"] for rank in two] == [[None, 0]] * 2, two
+    errors = (tmp_path / "r" / "logs" / "errors.jsonl").read_text()
+    assert "rank 1 could not write its part" in errors and "no space left" in errors
+    pairs = {**form, "parallel": "hsdp", "shard_size": 2, "run": None, "resume": "r", "max_steps": 5}
+    four = in_group(4, _handed_over, tmp_path, pairs)
+    assert all(isinstance(rank, dict) for rank in four), four
+    store = create_backup_system(tmp_path / "r" / "checkpoints")
+    before, after = (store.load(four[0][name]) for name in ("from", "saved"))
+    assert all(manifest.in_parts for manifest in store.list()), store.list()
+    assert [found.info.attributes["world_size"] for found in (before, after)] == [2, 4]
+    assert count_tensors(before.state["optimizer"]) == 3 * count_tensors(before.state["model"])
+    assert differences(before.state["model"], after.state["model"]) == []
+    assert differences(before.state["optimizer"], after.state["optimizer"]) == []
+    alone = trained(Alone(), tmp_path, **{**GPT, "run": None, "resume": "r", "max_steps": 5})
+    assert far(alone["parameters"], four[0]["parameters"]) == 0.0
+
+
 def _commanded(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
     events: list[tuple[str, int]] = []
 
@@ -145,9 +191,11 @@ def _commanded(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
     return {**trained(ranks, output, ask, **settings), "events": events}
 
 
-def test_copies_commands_and_rollbacks_are_at_the_same_step_on_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["whole", "sharded"])
+def test_copies_commands_and_rollbacks_are_at_the_same_step_on_both(tmp_path: Path, form: str) -> None:
     """Snapshots every few steps, asked for by rank 0's clock; a checkpoint and a rollback by command."""
     settings = {"model_name": "digits", "run": "r", "parallel": "fsdp", "validate_every": 0, "max_steps": 150}
+    settings["checkpoint_form"] = form
     timed = {"snapshot_seconds": 0.1, "checkpoint_seconds": 0.3, "schedule": "constant"}
     two = in_group(2, _commanded, tmp_path, {**settings, **timed})
     assert two[0]["events"] == two[1]["events"] and len(two[0]["events"]) > 1, two
@@ -241,6 +289,11 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
     assert found[0] == found[1]
     with pytest.raises(ConfigError, match="--parallel fsdp in one process"):
         choose_parallelism(Alone(), Settings(parallel="fsdp"))
+    with pytest.raises(ConfigError, match="--checkpoint-form sharded with --parallel tp"):
+        choose_parallelism(Alone(), Settings(parallel="tp", checkpoint_form="sharded"))
+    with pytest.raises(ConfigError, match="--checkpoint-form sharded with --checkpoint-compression auto"):
+        packed = {"checkpoint_form": "sharded", "checkpoint_compression": "auto"}
+        choose_parallelism(Alone(), Settings(parallel="fsdp", **packed))
     with pytest.raises(ConfigError, match="--shard-size 2 with --parallel fsdp"):
         choose_parallelism(Alone(), Settings(parallel="fsdp", shard_size=2))
     with pytest.raises(ConfigError, match="--fsdp-offload on with --parallel ddp"):
