@@ -309,11 +309,11 @@ def _health(alerts: Mapping[str, Alert]) -> list[Panel]:
             "Handing alerts on",
             [
                 Query(f"sum({of(stack.RULE_FAILURES)})", "rules that failed"),
-                Query(f"sum({of(stack.NOTIFICATION_ERRORS)})", "failures to reach Alertmanager"),
                 Query(f"sum({of(stack.NOTIFICATIONS_DROPPED)})", "alerts no Alertmanager took"),
                 Query(
                     f"sum by (integration) ({of(stack.NOTIFICATIONS_FAILED)}) > 0", "{{integration}} failed"
                 ),
+                Query(f"sum({of(stack.NOTIFICATION_ERRORS)})", "failures to reach Alertmanager"),
             ],
             unit="none",
             width=8,
