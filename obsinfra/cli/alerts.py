@@ -23,6 +23,7 @@ from obsinfra.catalog.alerts import ALERTS
 from obsinfra.cli.generated import check_generated, write_generated
 from obsinfra.cli.options import duration_seconds, program
 from obsinfra.cli.runs import OutputDir
+from obsinfra.cli.tables import print_table
 from obsinfra.config.notify import CHANNELS, Notify
 from obsinfra.config.resolve import resolve
 from obsinfra.errors import ConfigError
@@ -75,8 +76,13 @@ def check(
         for setting, path in open_secret_files(notify).items():
             text = f"{setting} = {str(path)!r}: others on this machine may read it; chmod 600 {path}"
             console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
-    fine = f"{escape(str(folder))} is up to date; people told: {escape(str(notify))}"
-    check_generated(_files(folder, notify), console, fix="'obsinfra alerts write'", fine=fine)
+    console.print(f"the settings are sound; people told: {escape(str(notify))}", soft_wrap=True)
+    check_generated(
+        _files(folder, notify),
+        console,
+        fix="'obsinfra alerts write' (for an Alertmanager of your own: 'obsinfra up' makes its own files)",
+        fine=f"{escape(str(folder))} is up to date",
+    )
 
 
 def list_(
@@ -118,7 +124,7 @@ def list_(
             if severity in SEVERITY_COLOURS:
                 shown[1] = f"[{SEVERITY_COLOURS[severity]}]{severity}[/]"
             table.add_row(*shown)
-        console.print(table)
+        print_table(console, table)
     for one in silences:
         text = (
             f"silence {one.id}  {', '.join(one.matchers)}  until {_clock(one.ends)}  {one.by}: {one.comment}"
@@ -169,7 +175,7 @@ def history(
             labels.get("action", ""),
         )
         table.add_row(*map(escape, cells))
-    console.print(table)
+    print_table(console, table)
     console.print(f"to {firings[0].step_seconds:g} s; what was shorter may be missing")
 
 

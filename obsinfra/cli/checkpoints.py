@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from obsinfra.cli.runs import OutputDir, find
+from obsinfra.cli.tables import print_table
 from obsinfra.errors import CheckpointError, ConfigError
 from obsinfra.run.folder import RunFolder
 
@@ -84,7 +85,7 @@ def list_checkpoints(run: RunPlace = "latest", output_dir: OutputDir = Path("run
             escape(info.reason or ("torch.distributed" if info.distributed else "")),
         )
     if table.rows:
-        _print_table(table)
+        print_table(console, table)
     elif not damaged:
         console.print(f"no checkpoint in {store.root} yet", soft_wrap=True)
     for path, problem in damaged.items():
@@ -140,7 +141,7 @@ def show(
             *([str(tensor.shards)] if info.distributed else []),
             f"{tensor.nbytes / 1e6:.3f}",
         )
-    _print_table(table)
+    print_table(console, table)
     if len(found) > lines:
         console.print(f"and {len(found) - lines} smaller ones (--lines)")
 
@@ -232,7 +233,7 @@ def diff(
             count += 1
             table.add_row("", escape(line), "")
     if count:
-        _print_table(table)
+        print_table(console, table)
         if count > lines:
             console.print(f"and {count - lines} more (--lines)")
         console.print(f"{count} differ ({changed_bytes / 1e6:.3f} MB), {equal} are the same")
@@ -250,7 +251,7 @@ def disk_usage(run: RunPlace = "latest", output_dir: OutputDir = Path("runs")) -
         table.add_row(
             one.manifest.path.stem, f"{one.unique_bytes / 1e6:.3f}", f"{one.shared_bytes / 1e6:.3f}"
         )
-    _print_table(table)
+    print_table(console, table)
     console.print(
         f"{found.total_bytes / 1e6:.3f} MB on disk"
         + (
@@ -566,14 +567,6 @@ def _table(*columns: str) -> Table:
             justify="right" if column.endswith("MB") else "left",
         )
     return table
-
-
-def _print_table(table: Table) -> None:
-    """A row is one line off a terminal, and on a narrow one, which wraps it where it ends."""
-    if console.is_terminal and console.width >= 120:
-        console.print(table)
-    else:  # not by `width=` of the console's own print, which never goes beyond what it takes for its width
-        Console(width=max(console.width, 200)).print(table, crop=False)
 
 
 @contextlib.contextmanager

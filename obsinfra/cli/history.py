@@ -18,6 +18,7 @@ from rich.table import Table
 
 from obsinfra.cli.options import duration_seconds
 from obsinfra.cli.runs import OutputDir, RunName, find
+from obsinfra.cli.tables import print_table
 from obsinfra.control.history import EVENT_KINDS, Event, as_document, events_of
 from obsinfra.control.journal import Journal
 from obsinfra.errors import ConfigError
@@ -67,7 +68,7 @@ def history(
     if not events:
         console.print(f"nothing is known of {folder.id}" + (f" since {since} ago" if since else ""))
         return
-    console.print(_table(events))
+    print_table(console, _table(events))
 
 
 def _table(events: list[Event]) -> Table:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from obsinfra.cli import alerts, checkpoints, dashboards, documents, history, report, rules, runs, stack
 from obsinfra.cli.options import with_settings
+from obsinfra.cli.tables import print_table
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings, group_of
 from obsinfra.errors import ObsinfraError
@@ -135,7 +136,7 @@ def doctor(
     findings = examine(output_dir)
     for finding in findings:
         table.add_row(marks[finding.status], finding.name, escape(finding.detail), escape(finding.fix or ""))
-    console.print(table)
+    print_table(console, table, prose=True)
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)
 
@@ -178,7 +179,7 @@ def config_show(flags: dict[str, Any], config: ConfigFile = None) -> None:
             escape(_as_typed(value)),
             origin if origin == "default" else f"[cyan]{escape(origin)}[/]",
         )
-    console.print(table)
+    print_table(console, table, prose=True)
 
 
 def _as_typed(value: Any) -> str:

@@ -42,7 +42,7 @@ def check(file: RulesFile = DEFAULT_FILE) -> None:
     check_generated(
         {file: render_rules(_table())},
         console,
-        fix="'obsinfra rules write', or see 'obsinfra rules diff'",
+        fix="'obsinfra rules write', or see 'obsinfra rules diff' ('obsinfra up' makes its own file)",
         fine=f"{file} is up to date",
     )
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from obsinfra.catalog.actions import ACTIONS, Action
+from obsinfra.cli.tables import print_table
 from obsinfra.control.action_plugins import load_action_plugins
 from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
@@ -85,7 +86,10 @@ def runs(output_dir: OutputDir = Path("runs")) -> None:
             _last_checkpoint(folder),
             url,
         )
-    console.print(table if count else f"no run in {output_dir} yet: start one with 'obsinfra train'")
+    if count:
+        print_table(console, table)
+    else:
+        console.print(f"no run in {output_dir} yet: start one with 'obsinfra train'")
 
 
 def status(
@@ -112,7 +116,7 @@ def status(
         ("state", folder.present_state(info) + (f" ({info.reason})" if info.reason else "")),
         ("model", info.model),
         ("started", f"{info.started}, {info.restarts} restarts"),
-        ("step", str(_progress(folder))),
+        ("step", str(_progress(folder) if live is None else live["progress"]["step"])),
         ("checkpoint", _last_checkpoint(folder)),
         ("alerts act", "through the sidecar" if folder.sidecar_alive(time.time()) else "in-process"),
     ]
@@ -247,7 +251,7 @@ def actions(
             when = " At once, even in a hang." if row.at == "any_time" else ""
             offered = "".join(f"\n[cyan]{escape(text)}[/]" for text in (_offered(row),) if text)
             table.add_row(row.name, escape(row.summary) + when + offered)
-        console.print(table)
+        print_table(console, table, prose=True)
         for problem in problems:
             console.print(
                 f"[red]{escape(problem.name)}[/] cannot be used: {escape(problem.problem)} "
@@ -264,7 +268,7 @@ def actions(
         if argument.default is not None:
             default = json.dumps(argument.default)
         table.add_row(argument.name, argument.expected, default, argument.help)
-    console.print(table)
+    print_table(console, table, prose=True)
     if row.details:
         console.print("\n" + escape(row.details))
     if row.undo is not None:

@@ -152,9 +152,19 @@ class Alertmanager:
         with self._understood():
             return frozenset(document["name"] for document in self._list("/api/v2/receivers"))
 
-    def post(self, labels: Mapping[str, str], annotations: Mapping[str, str], *, ends: datetime) -> None:
-        """Send an alert as Prometheus does; with `ends` in the past it is resolved."""
-        document = {"labels": dict(labels), "annotations": dict(annotations), "endsAt": ends.isoformat()}
+    def post(
+        self, labels: Mapping[str, str], annotations: Mapping[str, str], *, starts: datetime, ends: datetime
+    ) -> None:
+        """Send an alert as Prometheus does; with `ends` in the past it is resolved.
+
+        Without a start, Alertmanager would take the end for it.
+        """
+        document = {
+            "labels": dict(labels),
+            "annotations": dict(annotations),
+            "startsAt": starts.isoformat(),
+            "endsAt": ends.isoformat(),
+        }
         self._json("POST", "/api/v2/alerts", [document])
 
     def attempts(self, integration: str) -> Attempts:

@@ -178,7 +178,7 @@ class SocketDoor:
     def _take(self, client: _Client, line: bytes) -> None:
         ack = self._receive(line, "socket")
         if ack is None:
-            self._say(client, json.dumps({"error": "not a command; see obsinfra signal --help"}))
+            self._say(client, json.dumps({"error": "not a command; see obsinfra command --help"}))
             return
         if not ack.final:
             client.ids.add(ack.id)

@@ -28,8 +28,8 @@ MAX_LOG_BYTES = 8 << 20
 MAX_EVENTS = 10_000
 
 _WANTED = {
-    "training": (b'"event": "training"', b'"event": "checkpoint"'),
-    "system": (b'"event": "command"', b'"event": "run_ended"'),
+    "training": (b'"event": "checkpoint"',),
+    "system": (b'"event": "run_started"', b'"event": "command"', b'"event": "run_ended"'),
     "errors": (b'"event": "alert_firing"', b'"event": "checkpoint_failed"', b'"event": "training_failed"'),
 }
 """Log channel → the events read from it."""
@@ -170,7 +170,7 @@ def _of_line(run: str, line: dict[str, Any]) -> Event | None:
         return "" if value is None else str(value)
 
     match line["event"]:
-        case "training":
+        case "run_started":
             resumed = line.get("resumed_from_step")
             return (
                 Event(at, run, "start", "trainer", f"training {text('model')}")

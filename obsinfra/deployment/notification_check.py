@@ -74,14 +74,15 @@ def send_test(
         "threshold": "0",
     }
     # The end is in the alert, so that it is over even if this process does not live to say so.
-    alertmanager.post(labels, annotations, ends=datetime.now(UTC) + timedelta(seconds=2 * wait_seconds))
+    starts = datetime.now(UTC)
+    alertmanager.post(labels, annotations, starts=starts, ends=starts + timedelta(seconds=2 * wait_seconds))
     deadline = time.monotonic() + wait_seconds
     while True:
         since = _difference(alertmanager.attempts(channel), before)
         if since.failed or since.delivered >= expected or time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
-    alertmanager.post(labels, annotations, ends=datetime.now(UTC))
+    alertmanager.post(labels, annotations, starts=starts, ends=datetime.now(UTC))
     counted = (
         f"Alertmanager's own count of {channel} requests went from {before.tried} to "
         f"{before.tried + since.tried}, {since.failed} of them failed"

@@ -301,6 +301,7 @@ class ObservedRun:
             if made:
                 shutil.rmtree(self.folder.root, ignore_errors=True)
             raise
+        self._system_log.info("run_started", resumed_from_step=self.monitor.resumed_from_step)
         self.keeper.snapshot(self.position.epoch)
         atexit.register(self.finish)
         self._previous_excepthook = sys.excepthook

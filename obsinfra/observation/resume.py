@@ -200,7 +200,7 @@ def _busy(folder: RunFolder) -> RunBusyError:
     return RunBusyError(
         f"run {folder.id} is in use by process {pids}",
         "one trainer per run folder",
-        f"stop it with 'obsinfra signal {folder.id} stop', or choose another --run",
+        f"stop it with 'obsinfra command {folder.id} stop', or choose another --run",
     )
 
 

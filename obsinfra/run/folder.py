@@ -233,7 +233,7 @@ class RunFolder:
             raise RunBusyError(
                 f"run {self.id} is in use by process {owner}",
                 "one trainer per run folder",
-                f"stop it with 'obsinfra signal {self.id} stop', or choose another --run",
+                f"stop it with 'obsinfra command {self.id} stop', or choose another --run",
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

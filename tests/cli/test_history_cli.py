@@ -75,7 +75,7 @@ def ask(*arguments: str) -> str:
 
 
 def test_one_story_with_who_what_when_outcome_and_why(folder: RunFolder, journal: Path) -> None:
-    log(folder, "training", {"event": "training", "model": "digits", "resumed_from_step": None})
+    log(folder, "system", {"event": "run_started", "model": "digits", "resumed_from_step": None})
     log(
         folder,
         "system",
@@ -113,7 +113,7 @@ def test_one_story_with_who_what_when_outcome_and_why(folder: RunFolder, journal
 
 def test_what_is_asked_for_is_told_and_no_more(folder: RunFolder, journal: Path) -> None:
     place = ["--output-dir", str(folder.root.parent), "--json"]
-    log(folder, "training", {"event": "training", "model": "digits"})
+    log(folder, "system", {"event": "run_started", "model": "digits"})
     assert len(ask("r1", *place, "-n", "2").splitlines()) == 2
     kinds = {
         json.loads(line)["kind"]

@@ -38,3 +38,13 @@ def test_a_command_to_a_dead_run_is_refused_at_once_and_left_for_the_next_traine
     left = run("alpha", "checkpoint", "--door", "inbox", "--timeout", "0.2")
     assert left.code == 1 and "did not answer" in left.err
     assert len(list(killed.inbox.glob("*.json"))) == 1
+
+
+def test_off_a_terminal_a_run_is_one_line_with_its_whole_name(
+    killed: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tactical_mappo-20260101-000000-0000-" + "x" * 60
+    killed.root.rename(killed.root.with_name(name))
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = Terminal("runs", capsys, monkeypatch)().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["run", "state"], [name, "dead"]]

@@ -151,7 +151,8 @@ def alertmanager(
 def fire(running: Alertmanager, name: str, severity: str = "critical", **changed: str) -> dict[str, str]:
     """Send an alert as Prometheus would; returns its labels."""
     labels, annotations = alert(name, severity, **changed)
-    running.post(labels, annotations, ends=datetime.now(UTC) + timedelta(hours=1))
+    starts = datetime.now(UTC)
+    running.post(labels, annotations, starts=starts, ends=starts + timedelta(hours=1))
     return labels
 
 
@@ -217,7 +218,8 @@ def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, p
     [sidecar] = people.http.at("/webhook")
     assert sidecar.headers["authorization"] == "Bearer sidecar-secret"
 
-    running.post(labels, {"summary": "over"}, ends=datetime.now(UTC))
+    now = datetime.now(UTC)
+    running.post(labels, {"summary": "over"}, starts=now - timedelta(minutes=1), ends=now)
     over = wait_for(lambda: people.http.at("/slack/T0/B0/slack-secret")[1:], "Slack hears that it is over")
     check_slack(over[0].body)
     assert over[0].body["attachments"][0]["title"] == "[RESOLVED] GradientExplosion · my-run"
@@ -389,6 +391,8 @@ def test_a_test_alert_takes_the_real_path_to_each_channel(
     assert "nothing is wrong" in slack.body["attachments"][0]["text"]
     assert people.mail.mails[0]["Subject"] == "[TEST] [WARNING] ObsinfraTest · test"
     assert people.http.alerts("/hook")[:1] == ["ObsinfraTest"]
+    [hook, *_] = people.http.at("/hook")
+    assert datetime.fromisoformat(hook.body["alerts"][0]["startsAt"]) <= datetime.now(UTC)
     assert people.http.at("/pagerduty")[0].body["payload"]["summary"].startswith("[TEST]")
     # Each channel was told of its own test alone, and the tests are over.
     hooks = people.http.at("/hook")

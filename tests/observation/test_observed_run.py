@@ -23,6 +23,7 @@ from waiting import wait_for
 from obsinfra.backup.compare import differences
 from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
+from obsinfra.control.history import events_of
 from obsinfra.errors import CheckpointError, ConfigError, NonFiniteLossError, RunBusyError
 from obsinfra.observation import ObservedRun, observe
 
@@ -146,6 +147,20 @@ def test_a_plain_loop_goes_on_exactly_where_it_was(tmp_path: Path, loader: Any, 
     assert first.losses + second.losses == whole.losses
     assert differences(second.model.state_dict(), whole.model.state_dict()) == []
     assert differences(second.optimizer.state_dict(), whole.optimizer.state_dict()) == []
+
+
+def test_each_start_of_a_plain_loop_is_in_its_history(tmp_path: Path) -> None:
+    for stop_at in (3, None):
+        loop = Loop(a_list())
+        run = observe(loop.model, loop.optimizer, output_dir=tmp_path, run="mine", resume="auto", **QUIET)
+        loop.train(run, stop_at=stop_at)
+    told = [(event.kind, event.what) for event in events_of(run.folder, None) if event.kind != "checkpoint"]
+    assert told == [
+        ("start", "training Sequential"),
+        ("end", "stopped"),
+        ("restart", "resumed from step 3"),
+        ("end", "finished"),
+    ]
 
 
 class StallsFirst(TensorDataset):

@@ -129,5 +129,5 @@ def test_a_run_in_use_is_refused(tmp_path: Path, how: dict[str, str]) -> None:
     RunFolder(root).update_info(
         state="running", processes={"0": {"pid": me.pid, "created": me.create_time()}}
     )
-    with pytest.raises(RunBusyError, match=f"in use by process {me.pid}.*obsinfra signal mine stop"):
+    with pytest.raises(RunBusyError, match=f"in use by process {me.pid}.*obsinfra command mine stop"):
         plan(tmp_path, **how)

@@ -138,7 +138,7 @@ def test_a_second_trainer_of_the_same_run_is_refused_and_the_first_goes_on(
         assert second.returncode == 2
         (line,) = second.stderr.splitlines()
         assert line.startswith("error:") and f"in use by process {process.pid}" in line
-        assert "obsinfra signal live stop" in line
+        assert "obsinfra command live stop" in line
     assert run.folder.config_toml.read_bytes() == config
     assert run.folder.read_info().processes["0"]["pid"] == process.pid
     assert tell(run, "stop").state == "done"
