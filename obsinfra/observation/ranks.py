@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from obsinfra.backup.rng import seed_all
+from obsinfra.backup.rng import seed_step
 from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Command
 from obsinfra.errors import ConfigError, ObsinfraError, PeerLostError, RanksDifferError, UserError
@@ -296,7 +296,7 @@ class Group:
     def begin_step(self, step: int) -> None:
         # A function of seed, step and rank, so that a checkpoint need not hold what every rank had: the
         # ranks that resume, however many, draw what they would have drawn.
-        seed_all(derived_seed(self._seed, "step", step, self.draws_as))
+        seed_step(derived_seed(self._seed, "step", step, self.draws_as))
 
     def share(self, what: str, make: Callable[[], Any]) -> Any:
         key = self._key(what)
