@@ -108,7 +108,14 @@ def status(
         except (httpx.HTTPError, ValueError):
             live = None
     if as_json:
-        document = {"run": info.id, "state": folder.present_state(info), "reason": info.reason, "live": live}
+        document = {
+            "run": info.id,
+            "state": folder.present_state(info),
+            "reason": info.reason,
+            "ranks": info.world_size,
+            "metrics": info.metrics_urls,
+            "live": live,
+        }
         print(json.dumps(document, indent=2))
         return
     rows = [
@@ -133,6 +140,8 @@ def status(
                 ", ".join(alert["name"] for alert in live["alerts"] if alert["state"] == "firing") or "–",
             ),
         ]
+    if info.world_size > 1:
+        rows.insert(3, ("ranks", str(info.world_size)))
     if live is not None and len(info.metrics_urls) > 1:
         rows += [(f"rank {rank}", url) for rank, url in sorted(info.metrics_urls.items(), key=_by_rank)]
     for name, value in rows:

@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.observation.observed_run import ObservedRun
@@ -19,10 +20,24 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 0.25
 
+WIDE = 130
+"""Columns of a terminal that have room for the run's name and a bar in front of the numbers."""
+
 
 def progress_of(run: ObservedRun, trainer: Trainer) -> Progress | NoProgress:
     """What is shown of a run: one line, by its rank 0."""
     return Progress(run, trainer) if run.ranks.first else NoProgress()
+
+
+def live_line(console: Console) -> RichProgress:
+    """Steps done of all and the task's field `numbers`, of which nothing is cut: it is wrapped."""
+    columns: list[ProgressColumn] = [
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False)),
+    ]
+    if console.width >= WIDE:
+        columns = [TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), *columns]
+    return RichProgress(*columns, console=console, refresh_per_second=4, transient=False)
 
 
 class NoProgress:
@@ -64,15 +79,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._terminal:
-            self._bar = RichProgress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=Console(stderr=True),
-                refresh_per_second=4,
-                transient=False,
-            )
+            self._bar = live_line(Console(stderr=True))
             total = self._trainer.epochs * len(self._trainer.batches)
             self._task = self._bar.add_task(self._run.folder.id, total=total, numbers="")
             self._bar.start()

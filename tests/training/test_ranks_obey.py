@@ -66,6 +66,8 @@ def test_two_ranks_are_watched_each_and_obey_as_one(tmp_path: Path) -> None:
     assert times == sorted(times)
     refused = cli("logs", "two", "--rank", "2", "--output-dir", tmp_path)
     assert refused.returncode == 2 and "of rank 2" in refused.stderr
+    after = json.loads(cli("status", "two", "--json", "--output-dir", tmp_path).stdout)
+    assert (after["ranks"], sorted(after["metrics"])) == (2, ["0", "1"])
     info = run.info()
     assert (info.state, info.reason) == ("stopped", "signal SIGTERM")
     newest = run.checkpoints()[-1]
@@ -74,3 +76,4 @@ def test_two_ranks_are_watched_each_and_obey_as_one(tmp_path: Path) -> None:
         and newest.step == run.events(1, "training", "stopped_by_signal")[0]["at_step"]
     )
     assert output.count("ended      stopped") == 1, output
+    assert "ranks 2" in " ".join(cli("status", "two", "--output-dir", tmp_path).stdout.split())
