@@ -252,8 +252,8 @@ class Settings(BaseModel):
     )
     checkpoint_form: Literal["whole", "sharded"] = _setting(
         "whole",
-        "sharded: with --parallel fsdp or hsdp each rank writes its own part, and all wait for it; but for "
-        "emergencies, which are whole.",
+        "Of a model in parts: whole (put together on rank 0) or, with --parallel fsdp or hsdp, sharded: each "
+        "rank writes its own part, all wait for it; emergencies are whole still.",
         group="Checkpoints",
     )
     checkpoint_compression: Literal["off", "auto"] = _setting(

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel  # with those above: seconds that the ranks need not spend each
 from small_workload import Regression
 from torch._C._distributed_c10d import TCPStore
 
