@@ -324,11 +324,16 @@ class Recorder:
 
     def leave_step(self) -> bool:
         """The loop was left within a step, which counts if something was recorded of it. Whether it does."""
+        done = self.end_recorded_step()
+        if not done:
+            self.abandon_step()
+        return done
+
+    def end_recorded_step(self) -> bool:
+        """End the step under way if something was recorded of it. Whether it was."""
         done = self._step_started is not None and self._told_step == self.step
         if done:
             self.end_step()
-        else:
-            self.abandon_step()
         return done
 
     def finish_untimed_step(self, seconds: float | None) -> None:

@@ -428,8 +428,9 @@ class ObservedRun:
                     "one loop over steps() at a time",
                     "let the inner loop go over its data without steps()",
                 )
-            recorder.end_step()
-            position.batches_done += 1
+            if recorder._step_started is not None:  # else it was ended within the loop's body
+                recorder.end_step()
+                position.batches_done += 1
             self.after_step()
             if self._attention or recorder._mark >= keeper.due or recorder.nonfinite != self._nonfinite_seen:
                 self._boundary()
@@ -457,6 +458,8 @@ class ObservedRun:
 
         When a signal interrupts it, the block is left, the random state of its beginning is put back, and
         the resumed run validates anew. A stop that was asked for before is obeyed first; look at `stop`.
+
+        Inside a step it ends the step, if something was recorded of it.
         """
         return Validation(self)
 
@@ -468,7 +471,8 @@ class ObservedRun:
     def checkpoint(
         self, kind: Kind = "regular", reason: str = "asked for by the loop", *, wait: bool = True
     ) -> Path | None:
-        """Commit the present state. Call it between steps, on the loop's thread.
+        """Commit the present state. On the loop's thread, between steps, or as the last thing of one: a step
+        of which something was recorded ends here, so that the resumed run does not do it again.
 
         Args:
             wait: False returns as soon as the state is copied, and has it committed in the background.
@@ -477,12 +481,17 @@ class ObservedRun:
             The manifest's path; None without `wait`, when backups are disabled, or when the commit failed
             (counted and logged).
         """
+        self._end_recorded_step()
         request, epoch = Request.now(reason), self.position.epoch
         if not wait:
             self.keeper.begin(kind, request, epoch)
             return None
         committed = self.keeper.commit(kind, request, epoch)
         return committed.path if committed else None
+
+    def _end_recorded_step(self) -> None:
+        if self._recorder.end_recorded_step():
+            self.position.batches_done += 1
 
     # ---- for the executors of actions ----------------------------------------------------------------
 
@@ -885,6 +894,7 @@ class Validation:
 
     def __enter__(self) -> None:
         run = self._run
+        run._end_recorded_step()
         run.keeper.snapshot(run.position.epoch)
         self._rng = capture_rng_state()
         self._phase.__enter__()

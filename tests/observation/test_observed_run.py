@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -293,6 +294,37 @@ def test_a_step_that_is_left_counts_if_something_was_recorded_of_it(tmp_path: Pa
             break
         assert (run.step, run.position.batches_done) == (1, 1)
         assert run.monitor.recorder.seconds_in_step() is None
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "validation"])
+def test_what_is_saved_inside_a_loops_body_has_the_step_that_was_recorded(tmp_path: Path, how: str) -> None:
+    def train(run: ObservedRun, loop: Loop, save_at: int | None = None) -> None:
+        for _ in run.epochs(3):
+            for batch in run.steps(loop.loader):
+                step = run.step
+                loop.step(run, batch)
+                if step == save_at and how == "checkpoint":
+                    run.checkpoint()
+                    raise KeyError(step)  # what is saved of that is the last snapshot, of the first step
+                if step == save_at:
+                    with run.validation():
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        threading.Event().wait(60)
+        run.finish()
+
+    whole = Loop(Generated())
+    train(observe(whole.model, whole.optimizer, output_dir=tmp_path, run="whole", **QUIET), whole)
+    first = Loop(Generated())
+    run = observe(first.model, first.optimizer, output_dir=tmp_path, run="cut", **QUIET)
+    with contextlib.suppress(KeyError), run:
+        train(run, first, save_at=5)
+    assert run.step == 6
+    second = Loop(Generated())
+    random.seed(97)
+    run = observe(second.model, second.optimizer, output_dir=tmp_path, run="cut", resume="auto", **QUIET)
+    assert run.step == 6
+    train(run, second)
+    assert first.losses + second.losses == whole.losses
 
 
 def test_a_loop_inside_a_step_of_another_is_refused(tmp_path: Path) -> None:
