@@ -543,10 +543,14 @@ def test_a_log_level_holds_at_once_and_can_be_set_back(loop: Loop, logs: None) -
     assert len(loop.events("heard")) == 1 and loop.events("unheard") == []
 
 
-def test_without_own_logging_a_level_cannot_be_set(loop: Loop) -> None:
+def test_in_a_program_with_logging_of_its_own_the_level_is_that_of_the_runs_files(loop: Loop) -> None:
+    import logging
+
+    before = logging.getLogger().level
+
     def talk() -> None:
-        ack = loop.tell("set_log_level", level="debug")
-        assert ack.state == "failed" and "host program" in (ack.error or "")
+        assert loop.do("set_log_level", level="debug")["before"] == "info"
+        assert logging.getLogger().level == before
 
     loop.converse(talk)
 
