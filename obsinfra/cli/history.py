@@ -102,10 +102,16 @@ def sidecar_journal(state_dir: Path) -> Iterator[Journal | None]:
     try:
         journal = Journal(path)
     except (sqlite3.Error, OSError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}", "a sidecar's journal", "name its folder with --state-dir"
-        ) from error
+        raise _unreadable(path, error) from error
     try:
         yield journal
+    except sqlite3.Error as error:  # a page in its middle may be damaged
+        raise _unreadable(path, error) from error
     finally:
         journal.close()
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot read {path}: {error}", "a sidecar's journal", "name its folder with --state-dir"
+    )

@@ -189,6 +189,12 @@ def create_app(
         where = ".".join(str(part) for part in first["loc"])
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
+    @app.exception_handler(sqlite3.Error)
+    async def unreadable(request: Request, error: sqlite3.Error) -> JSONResponse:
+        """A journal that a disk damaged: what asks for it fails, the rest is served."""
+        log.error("journal_not_read", path=request.url.path, error=str(error))
+        return JSONResponse({"detail": f"the journal cannot be read: {error}"}, 503)
+
     @app.post(
         "/webhook",
         responses=answers(401, 408, 413, 422, 503),

@@ -196,6 +196,16 @@ def test_a_journal_that_is_none_is_named(folder: RunFolder, tmp_path: Path) -> N
     assert "journal.sqlite" in str(raised.value)
 
 
+def test_a_journal_with_a_damaged_middle_is_named(folder: RunFolder, journal: Path) -> None:
+    database = journal / "journal.sqlite"
+    raw = bytearray(database.read_bytes())
+    for page in range(4096, len(raw), 4096):
+        raw[page : page + 512] = b"\xff" * 512
+    database.write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"cannot read .*journal\.sqlite"):
+        ask("r1", "--output-dir", str(folder.root.parent))
+
+
 def test_a_journal_of_the_first_version_is_read(folder: RunFolder, tmp_path: Path) -> None:
     import sqlite3
 

@@ -440,3 +440,15 @@ def test_away_from_this_machine_everything_but_the_pulse_asks_for_the_token(tmp_
         assert face.ask("GET", "/healthz").status_code == 200
     finally:
         face.sidecar.stop()
+
+
+def test_a_journal_that_cannot_be_read_is_a_503_and_the_rest_is_served(
+    face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*given: Any) -> Any:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(face.sidecar.journal, "_read", damaged)
+    answer = face.ask("GET", "/v1/journal", headers=AUTHORIZED)
+    assert answer.status_code == 503 and "malformed" in answer.json()["detail"]
+    assert face.get("/v1/runs") != []
