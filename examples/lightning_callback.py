@@ -79,7 +79,7 @@ class ObsinfraCallback(L.Callback):
         self.snapshot_steps, self.commit_steps = snapshot_steps, commit_steps
         self.monitor = TrainingMonitor(model_name, run=Path(folder).name, disk_path=Path.cwd())
         self.io = ObsinfraCheckpointIO(folder, on_commit=self._committed)
-        self._norm = None
+        self._norm, self._global_step = None, 0
 
     def _committed(self, saved, requested_at):
         self.monitor.checkpoint_committed(
@@ -93,6 +93,7 @@ class ObsinfraCallback(L.Callback):
 
     def on_train_start(self, trainer, module):
         self.monitor.epochs, self.monitor.recorder.step = trainer.max_epochs, trainer.global_step
+        self._global_step = trainer.global_step
         self.monitor.start_monitoring()
         self.monitor.set_state("running")
 
@@ -109,6 +110,9 @@ class ObsinfraCallback(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.monitor.record(loss=outputs["loss"].detach(), grad_norm=self._norm, samples=len(batch[0]))
         self.monitor.recorder.end_step()
+        if trainer.global_step == self._global_step:
+            return  # gradients are still being accumulated; what is saved now would be half a step's
+        self._global_step = trainer.global_step
         if trainer.global_step % self.commit_steps == 0:
             trainer.save_checkpoint(f"step {trainer.global_step}", weights_only=False)
         elif trainer.global_step % self.snapshot_steps == 0:
