@@ -68,6 +68,7 @@ def checkpoint_activations(
         ConfigError: the model has no list of blocks, or does not stay below the budget with all of them
             recomputed.
     """
+    undo_checkpointing(model)  # what an earlier call chose
     blocks = _blocks(model)
     if budget_bytes is None:
         made = Checkpointing(len(blocks), tuple(range(0, len(blocks), every)))

@@ -95,6 +95,12 @@ def find_batch_size(
     """
     if not 1 <= first <= last:
         raise ConfigError(f"batch sizes from {first} to {last}", "1 ≤ first ≤ last", "correct them")
+    if rounds < 1 or not 0.0 < memory_share <= 1.0:
+        raise ConfigError(
+            f"rounds {rounds} with memory_share {memory_share}",
+            "at least 1, and a share up to 1",
+            "correct them",
+        )
     limit = limit_bytes if limit_bytes is not None else _limit(device, memory_share)
     tried: dict[int, Tried] = {}
 

@@ -60,7 +60,8 @@ class IndexedSource(Dataset[Delivery]):
     """A map-style data set by whole batches.
 
     Args:
-        dataset: with `__getitem__`; with `take` or `__getitems__` whole batches are read at once.
+        dataset: with `__getitem__`; torch data sets with `take`, and any with `__getitems__`, are read by
+            whole batches. (`take` of an array is another thing.)
         collate: makes a batch of records (or of what `__getitems__` returns); None: torch's own, or the data
             set's `take`.
         corrupt_errors: what the data set raises for a record that is to be skipped.
@@ -72,7 +73,7 @@ class IndexedSource(Dataset[Delivery]):
         self._dataset, self._corrupt_errors = dataset, corrupt_errors
         self._collate = collate or default_collate
         self._whole: Callable[[list[int]], Any] | None = None
-        if collate is None and hasattr(dataset, "take"):
+        if collate is None and isinstance(dataset, Dataset) and hasattr(dataset, "take"):
             self._whole = dataset.take
         elif hasattr(dataset, "__getitems__"):
             self._whole = self._collated

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from obsinfra.catalog import metrics as catalog
+from obsinfra.errors import ConfigError
 from obsinfra.monitoring.recorder import Recorder
 from obsinfra.monitoring.sample import Sample
 from obsinfra.optimization.activation_checkpointing import undo_checkpointing
@@ -51,6 +52,7 @@ def count_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Flops:
         loss: the forward pass of one batch.
 
     Raises:
+        ConfigError: the loss does not depend on the model it is given.
         RuntimeError or what else comes of it: the model or the loss looks at values.
     """
     from torch.utils.flop_counter import FlopCounterMode
@@ -61,7 +63,14 @@ def count_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Flops:
             if whole:
                 undo_checkpointing(twin)
             with FlopCounterMode(display=False, custom_mapping=_formulas(executed=not whole)) as counter:
-                loss(twin).backward()  # type: ignore[no-untyped-call]
+                wanted = [p for p in twin.parameters() if p.requires_grad]
+                found = torch.autograd.grad(loss(twin), wanted, allow_unused=True)
+            if all(gradient is None for gradient in found):
+                raise ConfigError(
+                    "a loss that does not depend on the model it is given",
+                    "a function that calls its argument, not a model from elsewhere",
+                    "write count_flops(model, lambda model: loss_of(model(inputs)))",
+                )
         counts.append(float(counter.get_total_flops()))
     return Flops(counts[0], counts[1], "torch.utils.flop_counter")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from obsinfra.catalog import metrics as catalog
+from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
@@ -31,7 +32,7 @@ from obsinfra.optimization.flops import Flops, Utilization, count_flops
 from obsinfra.optimization.fused_optimizers import create_optimizer
 from obsinfra.optimization.inference import InferenceModel, optimize_for_inference
 from obsinfra.optimization.memory_layout import Layout, WantedLayout, choose_layout
-from obsinfra.optimization.precision import Precision, choose_devices, choose_precision
+from obsinfra.optimization.precision import CountingScaler, Precision, choose_devices, choose_precision
 
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[nn.Module], Tensor]
@@ -51,7 +52,6 @@ class GpuOptimizer:
         checkpointing, layouts: by model name, which blocks are recomputed; channels first or last.
         process_wide: what was chosen for the whole process, in words.
         utilization: MFU and HFU, once the operations of a sample are known.
-        skipped_steps: optimizer steps the scaler left out, as told to `scaler_stepped`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class GpuOptimizer:
         self.compilations: dict[str, Compilation] = {}
         self.checkpointing: dict[str, Checkpointing] = {}
         self.layouts: dict[str, Layout] = {}
-        self.skipped_steps = 0
+        self._scalers: list[CountingScaler] = []
         self.process_wide = {"tf32": allow_tf32(tf32, self.device), "attention": use_attention(attention)}
         self.utilization = self._utilization(peak_flops)
         self._compile: tuple[Wanted | bool, Mode] = (compile_model, compile_mode)
@@ -121,7 +121,16 @@ class GpuOptimizer:
         return model
 
     def decisions(self, name: str = "model") -> dict[str, Any]:
-        """What was chosen for a model and the process, in words."""
+        """What was chosen for a model and the process, in words.
+
+        Raises:
+            ConfigError: no model of that name was optimized.
+        """
+        if name not in self.layouts:
+            known = ", ".join(self.layouts) or "none yet"
+            raise ConfigError(
+                f"decisions about a model {name!r}", f"one optimized before: {known}", "correct it"
+            )
         layout, mode = self.layouts[name], self._compile[1]
         return {
             "device": str(self.device),
@@ -152,23 +161,19 @@ class GpuOptimizer:
         self._log.debug("optimizer_made", kind=type(optimizer).__name__, how=how)
         return optimizer
 
-    def create_scaler(self) -> torch.amp.GradScaler:
+    def create_scaler(self) -> CountingScaler:
         """A gradient scaler for fp16; under other precisions one that passes everything through."""
-        return self.precision.scaler()
+        self._scalers.append(scaler := self.precision.scaler())
+        return scaler
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that the scalers made here left out."""
+        return sum(scaler.skipped_steps for scaler in self._scalers)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of a forward pass in the chosen precision."""
         return self.precision.autocast()
-
-    def scaler_stepped(self, before: float, after: float) -> bool:
-        """Note what the scaler did with a step, by its scale before and after `update()`.
-
-        Returns:
-            Whether the optimizer's step was left out: then the scale has shrunk.
-        """
-        skipped = after < before
-        self.skipped_steps += skipped
-        return skipped
 
     def count_flops(
         self,
@@ -224,7 +229,7 @@ class GpuOptimizer:
         """
         twin = copy.deepcopy(model)
         optimizer = self.create_optimizer(twin.parameters())
-        scaler = self.create_scaler()
+        scaler = self.precision.scaler()
 
         def step(rows: int) -> None:
             optimizer.zero_grad(set_to_none=True)  # first: a step that ran out of memory left some behind
@@ -369,8 +374,14 @@ def create_gpu_optimizer(
 
     Raises:
         ConfigError: a device that is not there or is named twice, devices of several architectures, an
-            unknown precision.
+            unknown precision, or a value out of its range.
     """
+    _one_of("compile_model", compile_model, (True, False, "auto", "on", "off"))
+    _one_of("compile_mode", compile_mode, get_args(Mode))
+    _one_of("channels_last", channels_last, (True, False, "auto", "rule"))
+    _at_least("gradient_checkpointing", gradient_checkpointing, 0)
+    _at_least("activation_budget_bytes", activation_budget_bytes, 1)
+    _at_least("peak_flops", peak_flops, 0)
     devices = choose_devices(device_ids, device, disable_gpu=disable_gpu)
     if isinstance(mixed_precision, bool):
         mixed_precision = "auto" if mixed_precision else "fp32"
@@ -386,3 +397,13 @@ def create_gpu_optimizer(
         attention=attention,
         peak_flops=peak_flops,
     )
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
+        raise ConfigError(f"{name} {value!r}", f"one of {', '.join(map(repr, allowed))}", "correct it")
+
+
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and value >= least):
+        raise ConfigError(f"{name} {value!r}", f"a number of at least {least}", "correct it")

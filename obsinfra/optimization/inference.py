@@ -243,8 +243,9 @@ def _difference(expected: Any, got: Any, tolerance: float | None) -> tuple[float
             return float("inf"), allowed
         if left.numel():
             a, b = left.double(), right.to(left.device).double()
-            distance = float((a - b).abs().max())
-            scale = max(float(a.abs().max()), torch.finfo(torch.float32).tiny)
+            # What is equal is no distance, infinities (of masked logits) included; they are no scale either.
+            distance = float(torch.where(a == b, 0.0, (a - b).abs()).max())
+            scale = max(float(torch.where(a.isfinite(), a.abs(), 0.0).max()), torch.finfo(torch.float32).tiny)
             worst = max(worst, distance / scale if distance == distance else float("inf"))
     return worst, allowed
 

@@ -76,8 +76,10 @@ def create_memory_optimizer(
     """
     if not 0.0 <= max_memory_percent <= 100.0:
         raise ConfigError(f"max_memory_percent {max_memory_percent}", "0 to 100", "correct it; 85 is usual")
-    if micro_batch is not None and micro_batch < 1:
-        raise ConfigError(f"micro_batch {micro_batch}", "at least 1, or None", "correct it")
+    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+        raise ConfigError(
+            f"micro_batch {micro_batch!r}", "a whole number of at least 1, or None", "correct it"
+        )
     if gc not in ("boundary", "python"):
         raise ConfigError(f"gc {gc!r}", "boundary or python", "correct it")
     if leak_check_steps < 0:
@@ -158,7 +160,15 @@ class MemoryOptimizer:
 
         Raises:
             MemoryExhaustedError: not even one row at a time fits.
+            ConfigError: recovery is on and `optimize_for_training` was not called, so that nothing is known
+                of what a step has to put back.
         """
+        if self.recovers and self._model is None:
+            raise ConfigError(
+                "run of a memory optimizer that knows no model",
+                "optimize_for_training(model) before the first step",
+                "call it, or create the optimizer with oom_recovery=False",
+            )
         return self._steps.run(step, batches, attempt)
 
     def step_done(self) -> None:

@@ -37,6 +37,7 @@ there is: fragmentation and workspaces take more than a straight line foresees."
 _OTHER_WORDINGS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )

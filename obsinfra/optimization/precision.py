@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from obsinfra.errors import ConfigError
 
@@ -63,6 +64,8 @@ def choose_devices(
     """
     if device_ids is None:
         return (choose_device(wanted, disable_gpu=disable_gpu),)
+    if isinstance(device_ids, (int, str)) or not all(isinstance(index, int) for index in device_ids):
+        raise ConfigError(f"device_ids {device_ids!r}", "a list of numbers, such as [0, 1]", "correct it")
     named = f"device ids {list(device_ids)}"
     if wanted != "auto" or disable_gpu:
         raise ConfigError(f"{named} beside another choice of device", "one or the other", "drop one of them")
@@ -120,9 +123,28 @@ class Precision:
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
         return torch.autocast(self.device_type, dtype=dtype)
 
-    def scaler(self) -> torch.amp.GradScaler:
+    def scaler(self) -> CountingScaler:
         """A gradient scaler; enabled under fp16 only, a pass-through otherwise."""
-        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+        return CountingScaler(self.device_type, enabled=self.name == "fp16")
+
+
+class CountingScaler(torch.amp.GradScaler):
+    """Torch's scaler, which counts the optimizer steps it leaves out. Its `update` waits for the device.
+
+    Attributes:
+        skipped_steps: so many were left out since it was made.
+    """
+
+    skipped_steps = 0
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """As torch's: the scale shrinks after a step that was left out, and only then."""
+        if not self.is_enabled() or new_scale is not None:
+            super().update(new_scale)
+            return
+        before = self.get_scale()
+        super().update()
+        self.skipped_steps += self.get_scale() < before
 
 
 def choose_precision(wanted: str, device: torch.device, *, autocast_pays: bool = True) -> Precision:

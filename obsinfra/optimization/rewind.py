@@ -68,18 +68,20 @@ class Rewind:
         self._torch = torch.get_rng_state()
         if self._cuda is not None:
             self._device = torch.cuda.get_rng_state(self._cuda)
+        steps = self._steps
+        self._steps = steps + 1
+        self._looking = steps < LOOKS or steps % LOOK_EVERY == 0
         for buffer in self._buffers:
             tensor = buffer.owner.get(buffer.name)
-            # Autograd counts writes to a tensor: one that was not written to needs no new copy.
+            # Autograd counts writes to a tensor, but for those through `.data`: one that was not written to
+            # needs no new copy, once it was seen that nobody writes to it uncounted.
             if (
-                buffer.always
+                self._looking
+                or buffer.always
                 or tensor is not buffer.tensor
                 or (tensor is not None and tensor._version != buffer.version)
             ):
                 _note(buffer, tensor)
-        steps = self._steps
-        self._steps = steps + 1
-        self._looking = steps < LOOKS or steps % LOOK_EVERY == 0
         self._host = _host_state() if self._looking or self.host_randomness else None
 
     def passed(self) -> None:
@@ -106,7 +108,7 @@ class Rewind:
             buffer.owner[buffer.name] = buffer.tensor
             if buffer.tensor is None:
                 continue
-            if buffer.always or buffer.tensor._version != buffer.version:
+            if self._looking or buffer.always or buffer.tensor._version != buffer.version:
                 with torch.no_grad():
                     buffer.tensor.copy_(buffer.value)  # type: ignore[arg-type]
                 buffer.version = buffer.tensor._version

@@ -306,10 +306,10 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = self.parallel.clip(self.parameters, self.settings.clip_norm or float("inf"))
         if self.scaler.is_enabled():
-            before = self.scaler.get_scale()
+            before = self.scaler.skipped_steps
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            skipped = self.gpu.scaler_stepped(before, self.scaler.get_scale())
+            skipped = self.scaler.skipped_steps > before
         else:
             # Only a run told to go on through non-finite steps pays for a look at the norm.
             skipped = self.settings.on_nonfinite == "continue" and not bool(torch.isfinite(norm))

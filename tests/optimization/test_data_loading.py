@@ -436,6 +436,13 @@ def test_a_stream_that_is_its_own_iterator_is_not_used_up_by_measuring() -> None
     assert "use it up" in loader.plan.reason
 
 
+@pytest.mark.parametrize("rows", [np.arange(12.0).reshape(6, 2), torch.arange(12.0).reshape(6, 2)])
+def test_an_array_as_data_set_gives_its_rows(rows: Any) -> None:
+    """Arrays have a `take` too, which picks single numbers."""
+    loader = create_memory_efficient_dataloader(rows, batch_size=2, shuffle=False, num_workers=0)
+    assert torch.cat(list(loader)).tolist() == rows.tolist()
+
+
 def test_bad_arguments_and_a_missing_package_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [1, 2, 3]
     for arguments, message in (

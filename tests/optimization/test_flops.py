@@ -11,6 +11,7 @@ from training.small_workload import Regression, trainer
 
 from obsinfra.backup.rng import capture_rng_state
 from obsinfra.catalog import metrics as catalog
+from obsinfra.errors import ConfigError
 from obsinfra.optimization.activation_checkpointing import checkpoint_activations
 from obsinfra.optimization.device_peaks import PEAKS, find_peak
 from obsinfra.optimization.flops import count_flops
@@ -42,6 +43,13 @@ def test_counted_operations_of_a_gpt_agree_with_the_papers_formula() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(state["torch"], capture_rng_state()["torch"])
+
+
+def test_a_loss_of_another_model_than_the_one_given_is_refused_and_leaves_no_gradients() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match="does not depend on the model"):
+        count_flops(model, lambda _: (nn.Linear(3, 2)(torch.ones(1, 3))).sum())
+    assert model.weight.grad is None
 
 
 def test_recomputed_blocks_count_for_the_hardware_alone() -> None:

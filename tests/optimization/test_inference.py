@@ -164,6 +164,14 @@ class Peeking(nn.Module):
         return x * 2 if float(x.sum()) > 0 else x
 
 
+def test_masked_outputs_are_compared_by_what_is_not_masked() -> None:
+    inf = float("inf")
+    eager = torch.tensor([[1.0, -inf], [2.0, inf]])
+    assert inference._difference(eager, eager.clone(), None)[0] == 0.0
+    assert inference._difference(eager, eager + torch.tensor([0.2, 0.0]), None)[0] == pytest.approx(0.1)
+    assert inference._difference(eager, torch.full_like(eager, 1.0), None)[0] == inf
+
+
 def test_a_model_that_cannot_be_exported_runs_as_it_is_and_is_refused_to_a_named_engine() -> None:
     made = GPU.optimize_for_inference(Peeking(), torch.ones(2, 2), calls=10)
     assert made.engine == "eager" and torch.equal(made(torch.ones(2, 2)), torch.full((2, 2), 2.0))

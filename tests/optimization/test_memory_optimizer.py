@@ -70,6 +70,52 @@ def test_a_loop_of_ones_own_survives_a_step_that_does_not_fit() -> None:
     assert gc.isenabled()
 
 
+class Codebook(nn.Module):
+    """Keeps an average as many models do: past autograd, which counts no such write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(4, 4)
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.average.data.mul_(0.9).add_(rows.mean(0))
+        return self.line(rows)
+
+
+def average_after(steps: int, *, last_fails: bool) -> Tensor:
+    """Of a codebook whose last step runs out of memory, or takes half of the rows at a time to begin with."""
+    torch.manual_seed(0)
+    model = Codebook()
+    memory = create_memory_optimizer()
+    memory.optimize_for_training(model)
+    failed: list[int] = []
+
+    def attempt(shares: Sequence[Share]) -> None:
+        for rows, weight, _ in shares:
+            out = model(rows)
+            if last_fails and step == steps - 1 and not failed:
+                failed.append(step)
+                raise torch.OutOfMemoryError("CUDA out of memory, as it would say")
+            (out.sum() * weight).backward()
+
+    for step in range(steps):
+        memory.micro_batching.limit = 4 if step == steps - 1 and not last_fails else None
+        memory.run(step, [torch.randn(8, 4)], attempt)
+    assert len(failed) == last_fails
+    return model.average.clone()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_what_a_failed_step_wrote_past_autograd_is_taken_back(steps: int) -> None:
+    assert torch.equal(average_after(steps, last_fails=True), average_after(steps, last_fails=False))
+
+
+def test_a_step_before_the_model_is_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimize_for_training\(model\) before"):
+        create_memory_optimizer().run(0, [torch.ones(2, 1)], lambda shares: None)
+
+
 def test_what_there_is_is_told_in_numbers() -> None:
     memory = obsinfra.create_memory_optimizer()
     model = memory.optimize_for_training(nn.Linear(100, 10))

@@ -118,6 +118,49 @@ def test_the_layout_is_really_measured() -> None:
     assert gpu.layouts["line"].reason == "no convolution over images"
 
 
+def test_fp16_steps_that_overflow_are_counted_in_a_loop_of_ones_own() -> None:
+    gpu = create_gpu_optimizer(device="cpu", mixed_precision="fp16")
+    model = nn.Linear(2, 2)
+    scaler, optimizer = gpu.create_scaler(), gpu.create_optimizer(model.parameters(), lr=1e-3)
+    before = model.weight.detach().clone()
+    for factor in (1.0, float("inf"), float("nan"), 1.0):
+        scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert (
+        gpu.skipped_steps == 2
+        and torch.isfinite(model.weight).all()
+        and not torch.equal(model.weight, before)
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"compile_model": "maybe"},
+        {"compile_model": None},
+        {"compile_mode": "fast"},
+        {"channels_last": "yes"},
+        {"gradient_checkpointing": -1},
+        {"activation_budget_bytes": 0},
+        {"peak_flops": -5.0},
+        {"device_ids": 0},
+        {"device_ids": ["0"]},
+    ],
+)
+def test_choices_out_of_range_are_named(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        create_gpu_optimizer(**{"device": "auto", **given})
+
+
+def test_decisions_about_an_unknown_model_name_those_there_are() -> None:
+    gpu = create_gpu_optimizer(device="cpu", mixed_precision=False)
+    gpu.optimize_model(nn.Linear(2, 2), "line")
+    with pytest.raises(ConfigError, match="one optimized before: line"):
+        gpu.decisions()
+
+
 def test_the_first_step_of_a_compiled_model_is_not_called_slow() -> None:
     for compiled, allowance in (("off", 0.0), ("on", COMPILE_SECONDS)):
         gpu = create_gpu_optimizer(device="cpu", mixed_precision=False, compile_model=compiled)
