@@ -95,6 +95,9 @@ class TrainingMonitor:
             thread.
         alert_mode: returns `sidecar` or `in-process`, who acts on alerts now; shown on the page.
         all_runs_page: returns where a page of all runs is, or None; the page leads there.
+
+    Attributes:
+        optimizer: whose first group has the learning rate that is shown where none is recorded; may be None.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class TrainingMonitor:
         self.steps_per_epoch: int | None = None
         self.state = "starting"
         self.resumed_from_step: int | None = None
+        self.optimizer: object | None = None
         self.device, self.precision = device, precision
         self.started_at = time.time()
         self.recorder = Recorder(trace_every=trace_every)
@@ -466,7 +470,7 @@ class TrainingMonitor:
         put(catalog.TRAIN_LOSS_PEAK, recorder.peak_loss())
         put(catalog.GRADIENT_NORM, recorder.last_grad_norm)
         put(catalog.GRADIENT_NORM_PEAK, recorder.peak_grad_norm())
-        put(catalog.LEARNING_RATE, recorder.learning_rate)
+        put(catalog.LEARNING_RATE, self._learning_rate())
         put(catalog.LOSS_SCALE, recorder.loss_scale)
         put(catalog.NONFINITE_LOSSES, recorder.nonfinite)
         put(catalog.EPOCH, recorder.epoch)
@@ -553,8 +557,8 @@ class TrainingMonitor:
             "latest": {
                 "loss": recorder.last_loss,
                 "grad_norm": recorder.last_grad_norm,
-                "learning_rate": recorder.learning_rate,
-                "samples_per_second": recorder.samples_per_second(),
+                "learning_rate": self._learning_rate(),
+                "samples_per_second": self._samples_per_second(),
                 "step_time_seconds": recorder.median_step_seconds() or None,
                 "loss_scale": recorder.loss_scale,
                 "validation": self.validation,
@@ -728,8 +732,8 @@ class TrainingMonitor:
             "step": recorder.step,
             "loss": recorder.take_mean_loss(),
             "grad_norm": recorder.take_peak_grad_norm(),
-            "learning_rate": recorder.learning_rate,
-            "samples_per_second": recorder.samples_per_second(),
+            "learning_rate": self._learning_rate(),
+            "samples_per_second": self._samples_per_second(),
             "step_time_seconds": recorder.median_step_seconds() or None,
             "cpu_ratio": self._host_view.get("cpu_ratio"),
             "memory_ratio": self._host_view.get("memory_ratio"),
@@ -738,6 +742,18 @@ class TrainingMonitor:
         }
         self.history.add(point)
         self._kept.point(point)
+
+    def _learning_rate(self) -> float | None:
+        """As recorded, or as the optimizer has it; None where neither knows, or only the device does."""
+        if self.recorder.learning_rate is not None:
+            return self.recorder.learning_rate
+        groups = getattr(self.optimizer, "param_groups", None)
+        rate = groups[0].get("lr") if groups else None
+        return float(rate) if isinstance(rate, (int, float)) else None
+
+    def _samples_per_second(self) -> float | None:
+        """None where the loop never told how many samples a step has."""
+        return self.recorder.samples_per_second() if self.recorder.samples else None
 
     def _progress(self) -> dict[str, Any]:
         recorder = self.recorder

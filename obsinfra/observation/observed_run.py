@@ -243,6 +243,7 @@ class ObservedRun:
             alert_mode=self._duty.mode,
             all_runs_page=self._duty.page,
         )
+        self.monitor.optimizer = parts.get("optimizer")
         self._recorder = self.monitor.recorder
         self.card = RunCard(self.folder, self.monitor, settings, revision)
         set_context_source(lambda: {"step": self.step, "trace_id": self.monitor.trace_id})

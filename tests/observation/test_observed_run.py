@@ -164,6 +164,20 @@ def test_each_start_of_a_plain_loop_is_in_its_history(tmp_path: Path) -> None:
     ]
 
 
+def test_what_the_loop_does_not_tell_comes_from_the_optimizer_or_is_unknown_never_0(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    with observe(model, optimizer, output_dir=tmp_path, run="mine", **QUIET) as run:
+        shown = [run.monitor.live(0)["latest"]]
+        for told in run.steps([{}, {"learning_rate": 0.5, "samples": 8}]):
+            run.record(loss=1.0, **told)
+            shown.append(run.monitor.live(0)["latest"])
+        run.monitor.recorder.fold()
+        shown.append(run.monitor.live(0)["latest"])
+    assert [now["learning_rate"] for now in shown] == [0.25, 0.25, 0.5, 0.5]
+    assert [now["samples_per_second"] is None for now in shown] == [True, True, True, False]
+
+
 class StallsFirst(TensorDataset):
     """The worker that loads the first sample has the trainer terminated, and waits while `stall` is there."""
 

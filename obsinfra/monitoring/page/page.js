@@ -109,7 +109,7 @@ function showProgress({ run, progress }) {
     `epoch ${format.integer(current)}${epochs > 0 ? ` of ${format.integer(epochs)}` : ""}`,
     `step ${format.integer(step)}${total === null ? "" : ` of ${format.integer(total)}`}`,
     ratio === null ? "" : format.percent(ratio),
-    known(samples) ? `${format.integer(samples)} samples` : "",
+    samples > 0 ? `${format.integer(samples)} samples` : "",
     known(eta) && !ENDED.has(run.state) ? `${format.age(eta)} left` : "",
   ].filter(Boolean);
   bar.setAttribute("aria-valuetext", facts.join(", "));
