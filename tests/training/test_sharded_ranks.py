@@ -75,19 +75,16 @@ def _in_rows(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
 
 def test_two_pairs_with_the_model_in_halves_train_as_one_process_and_go_on_alone(tmp_path: Path) -> None:
     """Shards that do not fit are refused by each rank; a checkpoint is the same as without."""
-    settings = {**GPT, "max_steps": 4}
+    settings = {**GPT, "max_steps": 4, "warmup_steps": 0}
     one = trained(Alone(), tmp_path / "one", **settings)
     four = in_group(4, _in_rows, tmp_path / "four", {**settings, "parallel": "hsdp", "shard_size": 2})
     assert all(isinstance(rank, dict) for rank in four), four
     own = [rank["own"] for rank in four]
     assert own[0] + own[1] == own[2] + own[3] == sum(value.size for value in one["parameters"].values())
     assert all(far(four[0]["parameters"], rank["parameters"]) == 0.0 for rank in four)
-    assert far(one["parameters"], four[0]["parameters"]) < 1e-3
-    resumed = {**settings, "run": None, "resume": "r"}
-    alone = trained(Alone(), tmp_path / "four", **resumed)
+    assert far(one["parameters"], four[0]["parameters"]) < 1e-4
+    alone = trained(Alone(), tmp_path / "four", **{**settings, "run": None, "resume": "r"})
     assert far(alone["parameters"], four[0]["parameters"]) == 0.0
-    two = in_group(2, _trained, tmp_path / "four", {**resumed, "parallel": "ddp", "max_steps": 6})
-    assert [rank["step"] for rank in two] == [6, 6], two
 
 
 def _handed_over(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rank_processes import in_group, trained
 from test_sharded_ranks import GPT, REFUSED, _handed_over, far
 from torch import nn
@@ -44,7 +45,7 @@ def _weighed(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
 def test_two_pairs_train_as_one_process(tmp_path: Path) -> None:
     """Pairs divide the layers, and the data is divided among pairs; two passes a step, clipped by the norm
     over all of the model. Samples of all ranks add up to those there were."""
-    settings = {**GPT, "max_steps": 4, "accumulate": 2, "clip_norm": 0.5}
+    settings = {**GPT, "max_steps": 4, "accumulate": 2, "clip_norm": 0.5, "warmup_steps": 0}
     one = trained(Alone(), tmp_path / "one", **settings)
     tp = {"parallel": "tp", "tensor_parallel_size": 2}
     four = in_group(4, _weighed, tmp_path / "four", {**settings, **tp})
@@ -53,9 +54,9 @@ def test_two_pairs_train_as_one_process(tmp_path: Path) -> None:
     assert [rank["own"] for rank in four] == [12 * width**2 // 2 + 2 * width] * 4
     assert sum(rank["samples"] for rank in four) == 4 * 2 * 4
     assert all(far(four[0]["parameters"], rank["parameters"]) == 0.0 for rank in four)
-    other = trained(Alone(), tmp_path / "other", **{**settings, "seed": 1})
-    moved = far(one["parameters"], other["parameters"])
-    assert far(one["parameters"], four[0]["parameters"]) < 1e-3 < moved
+    torch.manual_seed(0)  # as the trainer does
+    start = {name: value.detach().numpy() for name, value in ByteGPT(SIZES["nano"]).named_parameters()}
+    assert far(one["parameters"], four[0]["parameters"]) < 1e-4 < 5e-3 < far(one["parameters"], start)
 
 
 def test_a_run_goes_on_alone_and_back_bit_for_bit(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_run_goes_on_alone_and_back_bit_for_bit(tmp_path: Path) -> None:
     assert differences(before.state["model"], after.state["model"]) == []
     assert differences(before.state["optimizer"], after.state["optimizer"]) == []
     uncut = trained(Alone(), tmp_path / "uncut", **{**GPT, "max_steps": 6})
-    assert far(uncut["parameters"], two[0]["parameters"]) < 1e-3
+    assert far(uncut["parameters"], two[0]["parameters"]) < 1e-5
 
 
 def _trained(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
