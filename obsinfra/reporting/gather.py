@@ -292,18 +292,19 @@ def _alerts(records: list[dict[str, Any]], journal: Journal | None, run: str) ->
             )
         )
     heard = journal.alerts(1_000, run=run) if journal is not None else []
-    resolved: dict[tuple[str, float], float] = {}
+    # By fingerprint alone: a Prometheus that was started anew gives the same firing another start.
+    resolved: dict[str, float] = {}
     seen: set[tuple[str, float]] = set()
     for entry in heard:  # newest first
         firing = (entry.fingerprint, entry.starts_at)
         if entry.status == "resolved":
-            resolved.setdefault(firing, entry.received_at)
+            resolved[entry.fingerprint] = entry.received_at
         elif firing not in seen:
             seen.add(firing)
             found.append(
                 Alert(
                     at=entry.starts_at,
-                    until=resolved.get(firing),
+                    until=resolved.get(entry.fingerprint),
                     name=entry.name,
                     severity=entry.severity,
                     value=None,
