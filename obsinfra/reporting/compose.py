@@ -125,7 +125,7 @@ def _processes(story: RunStory) -> str:
 
 
 def _mean_rate(story: RunStory) -> float | None:
-    """Samples ÷ seconds of all steps: what throughput was on the whole."""
+    """Samples ÷ seconds of all steps: throughput on the whole; None where no samples were told."""
     samples = seconds = 0.0
     for session in story.sessions:
         mean, steps = session.summary.get("step_seconds_mean"), session.summary.get("steps")
@@ -133,7 +133,7 @@ def _mean_rate(story: RunStory) -> float | None:
         if all(isinstance(value, int | float) for value in (mean, steps, count)):
             samples += count  # type: ignore[operator]
             seconds += mean * steps  # type: ignore[operator]
-    return samples / seconds if seconds else None
+    return samples / seconds if samples and seconds else None
 
 
 # ---- curves ------------------------------------------------------------------------------------------
