@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,9 @@ def tell_how_it_ended(outcome: Outcome, settings: Settings) -> None:
         say("validation", numbers)
     if outcome.stopped and not settings.disable_backups:
         further = " --max-steps 0" if settings.max_steps else ""
-        again = f"train --output-dir {settings.output_dir} --resume {outcome.run_id}{further}"
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        several = f" --nproc-per-node {ranks}" if ranks != "1" else ""
+        again = f"train{several} --output-dir {settings.output_dir} --resume {outcome.run_id}{further}"
         say("go on", f"{program()} {again}")
 
 

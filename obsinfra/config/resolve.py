@@ -203,7 +203,10 @@ def _as_config_error(error: ValidationError, origins: Mapping[str, str]) -> Conf
     if message.startswith("Value error, "):
         message = "another value: " + message.removeprefix("Value error, ")
     message = (
-        message.replace("Input should be ", "").replace("a valid ", "a ").replace("a dictionary", "a table")
+        message.replace("Input should be ", "")
+        .replace("a valid integer", "a whole number")
+        .replace("a valid ", "a ")
+        .replace("a dictionary", "a table")
     )
     origin = origins.get(field, "default")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

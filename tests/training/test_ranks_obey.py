@@ -76,4 +76,5 @@ def test_two_ranks_are_watched_each_and_obey_as_one(tmp_path: Path) -> None:
         and newest.step == run.events(1, "training", "stopped_by_signal")[0]["at_step"]
     )
     assert output.count("ended      stopped") == 1, output
+    assert "train --nproc-per-node 2 --output-dir" in output
     assert "ranks 2" in " ".join(cli("status", "two", "--output-dir", tmp_path).stdout.split())
