@@ -200,9 +200,12 @@ def test_events_and_annotations_tell_the_runs_story_in_order(
     folder = run_folder(tmp_path)
     began = time.time()
     stamp = "2026-01-01T00:00:00+00:00"
+    starts = [
+        {"timestamp": stamp, "event": "run_started", "model": "digits", "resumed_from_step": None},
+        {"timestamp": stamp[:-7] + "1+00:00", "event": "run_started", "resumed_from_step": 40, "step": 40},
+    ]
+    (folder.logs / "system.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
     lines = [
-        {"timestamp": stamp, "event": "training", "model": "digits", "resumed_from_step": None},
-        {"timestamp": stamp[:-7] + "1+00:00", "event": "training", "resumed_from_step": 40, "step": 40},
         {
             "timestamp": stamp[:-7] + "2+00:00",
             "event": "checkpoint",

@@ -123,9 +123,10 @@ def observed_runs(
             running.enter_context(_two_ranks(output, folder, gpus))
             seen_by = [Prometheus(url) for url in urls.values()]
             _one_run(output, running, seen_by, seconds, started)
-            for what in (*EXPECTED, *(GPU_HOURS if gpus and shutil.which("gcc") else ())):
+            expected = (*EXPECTED, *(GPU_HOURS if gpus and shutil.which("gcc") else ()))
+            for what in expected:
                 _seen(seen_by, what)
-            ended = wait_for(lambda: _complete(seen_by), "a moment at which no scrape was missing")
+            ended = wait_for(lambda: _complete(seen_by, expected), "a moment at which no scrape was missing")
         yield Observed(info, urls, Range(started, ended, SCRAPE_SECONDS))
 
 
@@ -148,10 +149,10 @@ def _one_run(
     _seen(seen_by, f'obsinfra_checkpoints_total{{run="{SINGLE}", kind="regular"}} > 0 and on (run) {resumed}')
 
 
-def _complete(by: list[Prometheus]) -> float | None:
+def _complete(by: list[Prometheus], expected: tuple[str, ...]) -> float | None:
     """This moment, if every Prometheus has all that is expected: a busy machine misses scrapes."""
     at = time.time() - SCRAPE_SECONDS
-    return at if all(prometheus.instant(what, at).series for prometheus in by for what in EXPECTED) else None
+    return at if all(prometheus.instant(what, at).series for prometheus in by for what in expected) else None
 
 
 def _seen(by: list[Prometheus], query: str) -> None:

@@ -30,7 +30,7 @@ EXPECTED: dict[str, Callable[[float], bool]] = {
     "obsinfra_checkpoint_duration_seconds_count": lambda value: value == 3,
     "obsinfra_checkpoint_age_seconds": lambda value: 0 <= value < 120,
     "obsinfra_checkpoint_promise_seconds": lambda value: value == PROMISED,
-    "obsinfra_checkpoint_step": lambda value: value == 4,
+    "obsinfra_checkpoint_step": lambda value: value == 5,
     "obsinfra_checkpoint_remote_pending": lambda value: value == 0,
     "obsinfra_checkpoint_remote_lag_seconds": lambda value: value == 0,
     "obsinfra_checkpoint_remote_failures_total": lambda value: 1 <= value < 100,
