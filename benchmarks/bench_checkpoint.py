@@ -45,6 +45,7 @@ from typing import Any
 import psutil
 import structlog
 import torch
+from machine import processor_name
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -488,14 +489,8 @@ def measure_hashes() -> None:
 
 
 def environment() -> str:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
     return (
-        f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
+        f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
         f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
 

@@ -33,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from machine import processor_name
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
@@ -457,10 +458,7 @@ def describe(device: torch.device, size: str, shape: Shape, arguments: argparse.
         driver = torch.cuda.get_device_properties(device)
         where = f"{driver.name}, {driver.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     else:
-        where = (
-            f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, "
-            f"{torch.get_num_threads()} threads"
-        )
+        where = f"{processor_name()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}, Python {platform.python_version()}")
     parameters = sum(p.numel() for p in ByteGPT(shape).parameters())
     print(

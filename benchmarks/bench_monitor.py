@@ -40,6 +40,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from machine import processor_name
+
 BUDGET_MICROSECONDS = 5.0
 
 Loop = Callable[[int], None]
@@ -285,14 +287,6 @@ def measure(
 
 
 def environment(steps: int, rounds: int) -> str:
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
     installed = []
     for package in PACKAGES:
         try:
@@ -301,7 +295,7 @@ def environment(steps: int, rounds: int) -> str:
             installed.append(f"{package} not installed")
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores{load}; Python {platform.python_version()}\n"
+        f"{processor_name()}, {os.cpu_count()} cores{load}; Python {platform.python_version()}\n"
         f"{', '.join(installed)}\n"
         f"{rounds} rounds of {steps} steps for each contender, order rotated"
     )

@@ -43,6 +43,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from machine import processor_name
+
 SINGLE = ("bare", "obsinfra", "lightning", "accelerate")
 RANKS = ("bare", "obsinfra")
 MODELS = ("mlp", "gpt")
@@ -478,14 +480,6 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def environment(arguments: argparse.Namespace) -> str:
-    cpu = platform.processor() or platform.machine()
-    try:
-        names = [
-            text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")
-        ]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    except OSError:
-        pass
     installed = []
     for package in PACKAGES:
         try:
@@ -495,7 +489,7 @@ def environment(arguments: argparse.Namespace) -> str:
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     ranks = f"{arguments.ranks} gloo ranks; " if arguments.ranks > 1 else ""
     return (
-        f"{ranks}{cpu}, {os.cpu_count()} cores{load}, {arguments.threads} threads each; "
+        f"{ranks}{processor_name()}, {os.cpu_count()} cores{load}, {arguments.threads} threads each; "
         f"Python {platform.python_version()}\n{', '.join(installed)}"
     )
 
