@@ -7,10 +7,13 @@ only template functions that Alertmanager 0.25 has too, and never a value of a s
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from obsinfra.alerting.wording import plain_number
+from obsinfra.catalog.policy import DEFAULT_POLICY, NOTHING, Policy, Response
 from obsinfra.config.notify import LINK_LABEL_CHARACTERS, Notify
 
 HEADER = """\
@@ -25,6 +28,9 @@ SLACK_IN_FULL, SLACK_IN_A_LINE = 1, 6
 """Alerts of a group that Slack shows with all there is to know, and those it names; the rest is counted."""
 
 MAIL_IN_FULL = 50
+ACTION_CHARACTERS, FURTHER_CHARACTERS = 32, 64
+"""Of what the sidecar does about an alert, and of what follows if it goes on."""
+
 ANNOTATED_LINK_CHARACTERS = 170
 """In Slack a longer link in an annotation is left out: cut, it would lead elsewhere."""
 
@@ -53,12 +59,20 @@ def jaeger_search(jaeger_url: str) -> str:
     return f"{jaeger_url}/search?service=obsinfra&lookback=2d&limit=50&tags={tags}"
 
 
-def render_templates(notify: Notify, links: StackLinks | None = None) -> dict[str, str]:
-    """File name → content, to lie beside alertmanager.yml in `templates/`."""
+def render_templates(
+    notify: Notify, links: StackLinks | None = None, policy: Policy = DEFAULT_POLICY
+) -> dict[str, str]:
+    """File name → content, to lie beside alertmanager.yml in `templates/`.
+
+    Args:
+        notify: the user's `[notify]`.
+        links: where the stack shows a run.
+        policy: what the sidecar does about alerts; messages say it.
+    """
     known = _link_texts(notify, links or StackLinks())
     return {
-        "obsinfra-mail.tmpl": HEADER + _mail(known),
-        "obsinfra-slack.tmpl": HEADER + _slack(known),
+        "obsinfra-mail.tmpl": HEADER + _mail(known, policy),
+        "obsinfra-slack.tmpl": HEADER + _slack(known, policy),
         "obsinfra-titles.tmpl": HEADER + _titles(),
     }
 
@@ -128,12 +142,34 @@ def _facts(put: Callable[[str, int], str]) -> str:
     return "".join(texts)
 
 
-def _action(put: Callable[[str, int], str], end: str = "\n") -> str:
-    """What the sidecar does about it, with `end` after it; nothing for an alert without an action."""
-    return (
-        '{{ if and .Labels.action (eq .Status "firing") }}The sidecar acts: '
-        f"{{{{ {put('.Labels.action', 32)} }}}}{end}{{{{ end }}}}"
-    )
+def _action(put: Callable[[str, int], str], policy: Policy, end: str = "\n") -> str:
+    """What the sidecar does about it, with `end` after it; nothing where it does nothing."""
+    does = "Dry run; the sidecar would act: " if policy.dry_run else "The sidecar acts: "
+    label = f"{{{{ {put('.Labels.action', ACTION_CHARACTERS)} }}}}"
+    cases = ['{{ if ne .Status "firing" }}']
+    for alert, response in policy.responses.items():
+        is_it = f"eq .Labels.alertname {json.dumps(alert, ensure_ascii=False)}"
+        first = response.first
+        if first is None:
+            cases.append(f"and .Labels.action ({is_it}) }}}}{does}{label}{_further(response)}{end}")
+        elif first.action == NOTHING:
+            cases.append(f"{is_it} }}}}")
+        else:
+            cases.append(
+                f"{is_it} }}}}{does}{_cut(first.action, ACTION_CHARACTERS)}{_further(response)}{end}"
+            )
+    cases.append(f".Labels.action }}}}{does}{label}{end}")
+    return "{{ else if ".join(cases) + "{{ end }}"
+
+
+def _further(response: Response) -> str:
+    """The steps that follow while an alert goes on firing; empty without any."""
+    steps = [f"{step.action} after {plain_number(step.after_minutes)} min" for step in response.escalate]
+    return _cut(f"; if it goes on, {', then '.join(steps)}", FURTHER_CHARACTERS) if steps else ""
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 Links = list[tuple[str, str, str]]
@@ -164,7 +200,7 @@ def _link_texts(notify: Notify, stack: StackLinks) -> Links:
     return links
 
 
-def _slack(known: Links) -> str:
+def _slack(known: Links, policy: Policy) -> str:
     links = "".join(
         f"{{{{ if {condition} }}}}{_slack_link(url, name)}{{{{ end }}}}" for name, condition, url in known
     )
@@ -191,7 +227,8 @@ def _slack(known: Links) -> str:
 {{{{ range $i, $alert := . }}}}{{{{ if lt $i {SLACK_IN_FULL} -}}}}
 *{{{{ {_mrkdwn(".Labels.alertname", 40)} }}}}* {{{{ {_mrkdwn(".Annotations.summary", 120)} }}}}
 {_facts(_mrkdwn)}
-{_action(_mrkdwn)}{{{{ if .Annotations.description }}}}{{{{ {_mrkdwn(".Annotations.description", 300)} }}}}
+{_action(_mrkdwn, policy)}{{{{ if .Annotations.description }}}}\
+{{{{ {_mrkdwn(".Annotations.description", 225)} }}}}
 {{{{ end }}}}{annotated}
 {{{{ else if lt $i {SLACK_IN_FULL + SLACK_IN_A_LINE} -}}}}
 • {{{{ {_mrkdwn(".Labels.alertname", 40)} }}}} {{{{ {_mrkdwn(".Annotations.summary", 60)} }}}}\
@@ -208,7 +245,7 @@ def _slack_link(url: str, name: str) -> str:
     return f"<{url.replace('&', '&amp;')}|{name}>  "
 
 
-def _mail(known: Links) -> str:
+def _mail(known: Links, policy: Policy) -> str:
     text_links, html_links = "", ""
     for name, condition, url in known:
         text_links += f"{{{{ if {condition} }}}}{name}: {url}\n{{{{ end }}}}"
@@ -237,7 +274,7 @@ def _mail(known: Links) -> str:
 {{{{ {_one_line(".Labels.alertname", 60)} }}}}: {{{{ {summary} }}}}
 {since}
 {_facts(_one_line)}
-{_action(_one_line)}{{{{ if .Annotations.description }}}}{{{{ {description} }}}}
+{_action(_one_line, policy)}{{{{ if .Annotations.description }}}}{{{{ {description} }}}}
 {{{{ end }}}}{text_links}{{{{ end }}}}{{{{ end }}}}
 {{{{- end }}}}
 {{{{ define "obsinfra.mail.html" -}}}}
@@ -251,7 +288,7 @@ def _mail(known: Links) -> str:
 <b>{{{{ {_one_line(".Labels.alertname", 60)} }}}}</b> {{{{ {summary} }}}}<br>
 {since}<br>
 {_facts(_one_line)}<br>
-{_action(_one_line, "<br>")}
+{_action(_one_line, policy, "<br>")}
 <p>{{{{ {description} }}}}</p>
 {html_links}
 </div>

@@ -39,7 +39,7 @@ def render_rules(alerts: Sequence[Alert] = ALERTS, runbooks: str = RUNBOOKS) -> 
 
     Args:
         alerts: the table, the user's settings applied.
-        runbooks: URL under which each alert's runbook is read by its name.
+        runbooks: URL under which each alert's runbook is read by its name, where it names none of its own.
     """
     recorded = {record.name: record.expression for alert in alerts for record in recordings(alert.condition)}
     rules = [{"record": name, "expr": text} for name, text in recorded.items()]
@@ -79,7 +79,7 @@ def _rule(alert: Alert, runbooks: str) -> dict[str, Any]:
         "description": alert.description,
         "value": value_template(alert),
         "threshold": threshold_text(alert),
-        "runbook_url": f"{runbooks}/{alert.name}",
+        "runbook_url": alert.runbook_url or f"{runbooks}/{alert.name}",
     }
     if alert.scope != "stack":
         rule["annotations"]["step"] = step_template()

@@ -6,10 +6,12 @@ Settings, monitor and generators get the table they work with from here. Knows t
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from obsinfra.catalog.actions import ACTIONS
 from obsinfra.catalog.alerts import ALERTS, BY_KEY, Alert, Severity
@@ -20,6 +22,11 @@ LONGEST_SECONDS = 366 * 86_400.0
 """Nobody waits longer; and Prometheus knows no duration of some centuries."""
 
 _LEAST, _MOST = -sys.float_info.max, sys.float_info.max
+
+LONGEST_TEXT = 400
+"""Of a summary or description: what a message has room for."""
+
+_LABEL = re.compile(r"\{\{\s*\$labels\.\w+\s*\}\}")
 
 
 def alert_table(
@@ -116,6 +123,25 @@ def _with_action(alert: Alert, value: Any) -> Alert:
     return replace(alert, action=None if name == "none" else ACTIONS[name])
 
 
+def _text(value: Any) -> str:
+    plain = _LABEL.sub("", value) if isinstance(value, str) else ""
+    if not plain.strip() or len(value) > LONGEST_TEXT or not plain.isprintable() or "{{" in plain:
+        raise ValueError(
+            f"text on one line of 1 to {LONGEST_TEXT} characters, with no template but {{{{ $labels.run }}}}"
+        )
+    return str(value)
+
+
+def _url(value: Any) -> str:
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s{}<>\"|\\^`]", value):
+        raise ValueError("an http or https URL, as https://wiki.example.org/slow-step")
+    return str(value)
+
+
 def _enabled(alert: Alert, value: Any) -> Alert:
     if not isinstance(value, bool):
         raise ValueError("true or false")
@@ -128,6 +154,9 @@ CHANGEABLE: dict[str, Callable[[Alert, Any], Alert]] = {
     "window_seconds": _with_window,
     "severity": lambda alert, value: replace(alert, severity=_one_of(value, get_args(Severity))),
     "action": _with_action,
+    "summary": lambda alert, value: replace(alert, summary=_text(value)),
+    "description": lambda alert, value: replace(alert, description=_text(value)),
+    "runbook_url": lambda alert, value: replace(alert, runbook_url=_url(value)),
     "enabled": _enabled,
 }
 """Fields a user may set under `[alerts.<key>]`, and what setting one does."""

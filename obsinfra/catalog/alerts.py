@@ -51,7 +51,9 @@ class Alert:
         severity: `info`, `warning` or `critical`.
         scope: what one firing speaks of: the run, a rank, a device, the host, or the stack itself.
         action: what the trainer is told to do when it fires; None only informs.
-        summary, description: what people read; `{{ $value }}` and labels as in Prometheus templates.
+        summary, description: what people read; `{{ $labels.run }}` and the like as in Prometheus templates,
+            `{threshold}` in the summary.
+        runbook_url: where its runbook is read; None: the page of its name that the sidecar serves.
         enabled: False leaves it out of rules and evaluator.
     """
 
@@ -69,6 +71,7 @@ class Alert:
     comparator: Literal[">", "<"] = ">"
     scale: float = 1.0
     enabled: bool = True
+    runbook_url: str | None = None
 
     @property
     def limit(self) -> float:

@@ -20,12 +20,14 @@ from rich.table import Table
 from obsinfra.alerting.messages import render_templates
 from obsinfra.alerting.routes import check_secret_files, open_secret_files, render_alertmanager
 from obsinfra.catalog.alerts import ALERTS
+from obsinfra.catalog.policy import policy_with
 from obsinfra.cli.generated import check_generated, write_generated
 from obsinfra.cli.options import duration_seconds, program
 from obsinfra.cli.runs import OutputDir
 from obsinfra.cli.tables import print_table
-from obsinfra.config.notify import CHANNELS, Notify
+from obsinfra.config.notify import CHANNELS
 from obsinfra.config.resolve import resolve
+from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError
 
 console = Console()
@@ -60,7 +62,7 @@ def register(app: typer.Typer) -> None:
 
 def write(folder: Folder = Path("alertmanager")) -> None:
     """Write Alertmanager's routes and templates, as the notify table of the settings wants them."""
-    write_generated(_files(folder, resolve({}).settings.notify), console)
+    write_generated(_files(folder, resolve({}).settings), console)
 
 
 def check(
@@ -70,7 +72,8 @@ def check(
     ] = False,
 ) -> None:
     """Exit code 1 when a file is not what 'alerts write' would write; 2 when a secret's file is unusable."""
-    notify = resolve({}).settings.notify
+    settings = resolve({}).settings
+    notify = settings.notify
     if not skip_secrets:
         check_secret_files(notify)
         for setting, path in open_secret_files(notify).items():
@@ -78,7 +81,7 @@ def check(
             console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
     console.print(f"the settings are sound; people told: {escape(str(notify))}", soft_wrap=True)
     check_generated(
-        _files(folder, notify),
+        _files(folder, settings),
         console,
         fix="'obsinfra alerts write' (for an Alertmanager of your own: 'obsinfra up' makes its own files)",
         fine=f"{escape(str(folder))} is up to date",
@@ -260,9 +263,12 @@ def test(
         raise typer.Exit(1)
 
 
-def _files(folder: Path, notify: Notify) -> dict[Path, str]:
-    templates = {folder / "templates" / name: text for name, text in render_templates(notify).items()}
-    return {folder / "alertmanager.yml": render_alertmanager(notify)} | templates
+def _files(folder: Path, settings: Settings) -> dict[Path, str]:
+    policy = policy_with(settings.policy, known_actions_only=False)
+    templates = render_templates(settings.notify, policy=policy)
+    return {folder / "alertmanager.yml": render_alertmanager(settings.notify)} | {
+        folder / "templates" / name: text for name, text in templates.items()
+    }
 
 
 def _channels(to: str) -> list[str]:

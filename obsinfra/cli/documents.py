@@ -94,16 +94,21 @@ def render_alerts_page() -> str:
         "[thresholds]",
         "gpu_temperature = 80          # the key below, in the unit below",
         "",
-        "[alerts.data_share]           # any of: " + ", ".join(CHANGEABLE),
+        "# any of: " + ", ".join(CHANGEABLE),
+        "[alerts.data_share]",
         "window_seconds = 600",
         'action = "checkpoint"         # or "none"',
+        'runbook_url = "https://wiki.example.org/data"',
         "",
         "[alerts.gpu_idle]",
         "enabled = false",
         "```",
         "",
         "Then `obsinfra rules write` writes Prometheus's rules; `obsinfra up` and `obsinfra train` read the "
-        "settings themselves. “Alone” says that a trainer without Prometheus judges the alert as well.",
+        "settings themselves. “Alone” says that a trainer without Prometheus judges the alert as well. A "
+        "summary may name `{threshold}`; summary and description may name labels, as `{{ $labels.run }}`. "
+        "Another metric or expression is a rule of your own: a file beside the generated one in "
+        "`prometheus/rules/`.",
         "",
         "| alert | key | fires when | for | severity | scope | action | alone |",
         "|---|---|---|---|---|---|---|---|",

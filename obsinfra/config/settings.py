@@ -320,7 +320,7 @@ class Settings(BaseModel):
     alerts: dict[str, dict[str, Any]] = _setting(
         {},
         "More of an alert, e.g. [alerts.gpu_idle] enabled = false; also threshold, for_seconds, "
-        "window_seconds, severity and action.",
+        "window_seconds, severity, action, summary, description and runbook_url.",
         group="Observation",
     )
     notify: Notify = _setting(

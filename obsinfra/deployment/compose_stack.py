@@ -321,6 +321,7 @@ class ComposeStack:
                 grafana=f"http://127.0.0.1:{ports.grafana}/d/{RUN}?var-run={{run}}",
                 traces=jaeger_search(f"http://127.0.0.1:{ports.jaeger}"),
             ),
+            policy=policy,
         )
         write_atomic(self.folder / "policy.toml", dump_toml(Settings(policy=dict(policy or {}))))
         committed = find_stack_files() / "deploy/compose/targets"

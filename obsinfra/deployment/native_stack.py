@@ -146,6 +146,7 @@ class NativeStack:
                 alerts=alerts,
                 notify=notify,
                 links=StackLinks(slow_steps=f"http://{in_url(host)}:{free.sidecar}/?run={{run}}#slow-steps"),
+                policy=policy,
             )
             # A whole config.toml, of which the sidecar reads the one table.
             write_atomic(self.state_dir / "policy.toml", dump_toml(Settings(policy=dict(policy or {}))))

@@ -22,6 +22,7 @@ from obsinfra.alerting.messages import StackLinks, render_templates
 from obsinfra.alerting.prometheus_rules import write_rules
 from obsinfra.alerting.routes import render_alertmanager
 from obsinfra.catalog.alerts import ALERTS, Alert
+from obsinfra.catalog.policy import policy_with
 from obsinfra.config.notify import Notify
 from obsinfra.deployment.ports import DEFAULT_PORTS
 from obsinfra.errors import UserError
@@ -66,6 +67,7 @@ def write_configuration(
     runbooks: str | None = None,
     paths: Mapping[str, str] | None = None,
     links: StackLinks | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `prometheus/` and `alertmanager/` under `state_dir`, ready to be started from.
 
@@ -78,6 +80,7 @@ def write_configuration(
         notify: the user's `[notify]`, for Alertmanager; None or an empty one keeps the committed files.
         runbooks: address of the runbooks as people reach it; None: the sidecar's in `addresses`.
         links: where this stack shows a run, for messages; `notify` goes before.
+        policy: the user's `[policy]`, so that messages say what the sidecar does.
         paths: of files that `notify` names → where Alertmanager finds them instead.
 
     Raises:
@@ -94,7 +97,10 @@ def write_configuration(
         committed = (source / "alertmanager/templates").glob("*.tmpl")
         templates = {path.name: path.read_text() for path in committed}
     else:
-        routes, templates = render_alertmanager(notify), render_templates(notify, links)
+        routes, templates = (
+            render_alertmanager(notify),
+            render_templates(notify, links, policy_with(policy or {}, known_actions_only=False)),
+        )
     alertmanager = replaced(yaml.safe_load(routes), values)
     rules = state_dir / "prometheus" / "rules"
     shutil.rmtree(rules, ignore_errors=True)

@@ -121,9 +121,9 @@ def test_promtool_accepts_the_rules(version: StackVersion) -> None:
     assert f"{len(ALERTS) + len(recorded)} rules found" in checked.stdout
 
 
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "memory": {"threshold": 60.5, "for_seconds": 0},
-    "step_time": {"threshold": 0.25, "for_seconds": 7},
+    "step_time": {"threshold": 0.25, "for_seconds": 7, "summary": "{{ $labels.run }}: over {threshold} s"},
     "gradient_norm": {"threshold": 1e6},
     "data_share": {"threshold": 12, "window_seconds": 60, "for_seconds": 0},
     "memory_creep": {"threshold": 50, "window_seconds": 600},
@@ -140,7 +140,7 @@ OWN = {
 @each_version
 @pytest.mark.parametrize("changes", [{}, OWN], ids=["default", "own"])
 def test_every_alert_fires_and_resolves_as_the_table_says(
-    tmp_path: Path, changes: dict[str, dict[str, float]], version: StackVersion
+    tmp_path: Path, changes: dict[str, dict[str, Any]], version: StackVersion
 ) -> None:
     tests = write_rule_tests(tmp_path, alert_table({}, changes))
     judged = version.run("promtool", "test", "rules", *tests)

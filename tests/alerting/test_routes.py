@@ -18,6 +18,7 @@ from stack_versions import StackVersion, each_version
 from obsinfra.alerting.messages import SLACK_TEXT_CHARACTERS, StackLinks, jaeger_search, render_templates
 from obsinfra.alerting.routes import SUBJECTS, TEST_LABEL, check_secret_files, render_alertmanager
 from obsinfra.catalog.alerts import ALERTS
+from obsinfra.catalog.policy import DEFAULT_POLICY, Policy, policy_with
 from obsinfra.config.notify import LINK_CHARACTERS, LINK_LABEL_CHARACTERS, SEVERITIES, Notify
 from obsinfra.config.resolve import dump_toml, resolve
 from obsinfra.config.settings import Settings
@@ -59,10 +60,12 @@ def rendered(settings: Notify) -> dict[str, Any]:
     return document
 
 
-def write(folder: Path, settings: Notify, links: StackLinks | None = None) -> Path:
+def write(
+    folder: Path, settings: Notify, links: StackLinks | None = None, policy: Policy = DEFAULT_POLICY
+) -> Path:
     """The generated files below `folder`; returns alertmanager.yml."""
     (folder / "templates").mkdir(parents=True, exist_ok=True)
-    for name, text in render_templates(settings, links).items():
+    for name, text in render_templates(settings, links, policy).items():
         (folder / "templates" / name).write_text(text)
     (folder / "alertmanager.yml").write_text(render_alertmanager(settings))
     return folder / "alertmanager.yml"
@@ -505,6 +508,39 @@ def test_slack_says_what_one_needs_to_know(tmp_path: Path, version: StackVersion
 
 
 @each_version
+def test_messages_say_what_the_sidecar_does_by_the_policy(tmp_path: Path, version: StackVersion) -> None:
+    version.require("amtool")
+    odd = 'an "odd" }} na\tme 😀'
+    policy: dict[str, Any] = {
+        "alerts": {
+            "GradientExplosion": {"action": "none"},
+            "SlowStep": {"action": "profile", "escalate": [{"action": "stop", "after_minutes": 1.5}]},
+            odd: {"action": "pause"},
+        }
+    }
+    hot = "emergency_checkpoint; if it goes on, pause after 5 min, then stop after 15 min"
+    for dry_run, acts in (
+        (False, "The sidecar acts: "),
+        (True, "Dry run; the sidecar would act: "),
+    ):
+        write(tmp_path, Notify(), policy=policy_with(policy | {"dry_run": dry_run}))
+        for name, action, says in (
+            ("GradientExplosion", "emergency_checkpoint", None),
+            ("SlowStep", "checkpoint", "profile; if it goes on, stop after 1.5 min"),
+            ("HighGPUTemperature", "emergency_checkpoint", hot),
+            ("HighGPUTemperature", "", None),
+            (odd, "", "pause"),
+            ("Mine", "scale_lr", "scale_lr"),
+        ):
+            one = alert(alertname=name, action=action)
+            for template, end in (("slack.text", "\n"), ("mail.text", "\n"), ("mail.html", "<br>")):
+                kind = "html" if template == "mail.html" else "text"
+                text = render(version, tmp_path, f"obsinfra.{template}", [one], kind)
+                assert ("sidecar" in text) == (says is not None)
+                assert says is None or f"{acts}{says}{end}" in text
+
+
+@each_version
 def test_what_is_over_is_told_as_over(tmp_path: Path, version: StackVersion) -> None:
     version.require("amtool")
     write(tmp_path, Notify())
@@ -577,7 +613,12 @@ def test_slack_messages_stay_within_the_limits_whatever_the_alerts_say(
     tmp_path: Path, version: StackVersion, label: str, annotation: str, count: int
 ) -> None:
     version.require("amtool")
-    write(tmp_path, notify(grafana_url=LONGEST_LINK, run_url=LONGEST_LINK, trace_url=LONGEST_LINK))
+    longest: dict[str, Any] = {"action": "x" * 200, "escalate": [{"action": "stop", "after_minutes": 1}] * 10}
+    write(
+        tmp_path,
+        notify(grafana_url=LONGEST_LINK, run_url=LONGEST_LINK, trace_url=LONGEST_LINK),
+        policy=policy_with({"alerts": {"A" * 40: longest}, "dry_run": True}, known_actions_only=False),
+    )
     alerts = []
     for _ in range(count):
         one = alert()
@@ -585,7 +626,8 @@ def test_slack_messages_stay_within_the_limits_whatever_the_alerts_say(
             one["labels"][key] = label
         for key in one["annotations"]:
             one["annotations"][key] = annotation
-        # Everything that makes a link as long as it may be.
+        # Everything that makes a link, or what the sidecar does, as long as it may be.
+        one["labels"]["alertname"] = "A" * 40
         one["labels"]["run"] = "r" * LINK_LABEL_CHARACTERS
         one["annotations"]["runbook_url"] = one["annotations"]["trace_url"] = "https://" + "x" * 170
         alerts.append(one)

@@ -35,6 +35,8 @@ def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -
         "[thresholds]\ngpu_temperature = 80\n"
         '[alerts.cpu]\nseverity = "info"\n'
         "[alerts.gpu_idle]\nenabled = false\n"
+        '[alerts.step_time]\nsummary = "{{ $labels.run }}: a step over {threshold} s"\n'
+        'description = "Ask Anna."\nrunbook_url = "https://wiki.example.org/slow"\n'
     )
     changed = run("rules", "diff")
     assert changed.exit_code == 1
@@ -43,6 +45,9 @@ def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -
         "+    expr: obsinfra_gpu_temperature_celsius > 80",
         "-  - alert: GPUIdle",
         "+      severity: info",
+        "+      summary: '{{ $labels.run }}: a step over 10 s'",
+        "+      description: Ask Anna.",
+        "+      runbook_url: https://wiki.example.org/slow",
     ):
         assert line in changed.stdout
     stale = run("rules", "check")

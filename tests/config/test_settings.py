@@ -94,6 +94,11 @@ def test_the_documented_environment_variables_are_read(
             ["cpu.action", "[policy.alerts.HighCPU]", "without key"],
         ),
         ({"alerts": {"sidecar_gone": {"action": "stop"}}}, ["sidecar_gone.action", "speaks of no run"]),
+        ({"alerts": {"cpu": {"summary": ""}}}, ["cpu.summary", "text on one line"]),
+        ({"alerts": {"cpu": {"summary": "a {{ $value }}"}}}, ["cpu.summary = a {{ $value }}", "$labels.run"]),
+        ({"alerts": {"cpu": {"description": "x" * 401}}}, ["cpu.description", "1 to 400 characters"]),
+        ({"alerts": {"cpu": {"runbook_url": "wiki/cpu"}}}, ["cpu.runbook_url = wiki/cpu", "https://"]),
+        ({"alerts": {"cpu": {"runbook_url": 3}}}, ["cpu.runbook_url = 3", "https://"]),
         ({"metrics_port": "70000"}, ["metrics_port", "70000"]),
     ],
 )
