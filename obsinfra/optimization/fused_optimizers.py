@@ -13,6 +13,9 @@ import torch
 
 FUSED_DEVICES = ("cuda", "cpu", "mps")
 
+FUSED_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW)
+"""Those of which torch 2.13 has the kernel for tensors in parts (DTensor); others fail at the first step."""
+
 
 def create_optimizer(
     kind: Callable[..., torch.optim.Optimizer],
@@ -40,6 +43,10 @@ def create_optimizer(
         return kind(parameters, **options), f"no fused version on {device.type}"
     if not all(torch.is_floating_point(tensor) for tensor in _tensors(parameters)):
         return kind(parameters, **options), "not fused: some parameters are no floating-point numbers"
+    in_parts = any(hasattr(tensor, "placements") for tensor in _tensors(parameters))
+    if in_parts and kind not in FUSED_IN_PARTS:
+        name = getattr(kind, "__name__", kind)
+        return kind(parameters, **options), f"not fused: torch has no {name} in one kernel for parts"
     try:
         return kind(parameters, **options, fused=True), "fused"
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """create_gpu_optimizer: the hardware choices of a training in one object.
 
 The trainer is built on it; so may any loop be (docs/gpu.md). Each choice is made in a module of its own; here
-they are put together, logged and exported. Wrapping for several ranks comes after `optimize_model`.
+they are put together, logged and exported. For several ranks the trainer wraps by itself, afterwards.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from obsinfra.catalog import metrics as catalog
@@ -33,6 +34,7 @@ from obsinfra.optimization.fused_optimizers import create_optimizer
 from obsinfra.optimization.inference import InferenceModel, optimize_for_inference
 from obsinfra.optimization.memory_layout import Layout, WantedLayout, choose_layout
 from obsinfra.optimization.precision import CountingScaler, Precision, choose_devices, choose_precision
+from obsinfra.optimization.wrapping import Compression, Parallel, Wrapping, device_of_rank, local_rank
 
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[nn.Module], Tensor]
@@ -67,6 +69,7 @@ class GpuOptimizer:
         tf32: bool,
         attention: Kernel,
         peak_flops: float | None,
+        wrapping: Wrapping,
     ) -> None:
         self.devices, self.device = tuple(devices), devices[0]
         self.precision = precision
@@ -78,12 +81,14 @@ class GpuOptimizer:
         self.utilization = self._utilization(peak_flops)
         self._compile: tuple[Wanted | bool, Mode] = (compile_model, compile_mode)
         self._channels_last = channels_last
+        self._wrapping = wrapping
         self._recompute_every, self._activation_budget = gradient_checkpointing, activation_budget_bytes
         self._monitor: TrainingMonitor | None = None
         self._log = get_logger("training")
 
     def optimize_model(self, model: Module, name: str = "model", *, loss: Loss | None = None) -> Module:
-        """Put a model onto the device and make it fast: layout, activation checkpointing, compilation.
+        """Put a model onto the device and make it fast: layout, activation checkpointing, compilation; with
+        `parallel`, wrap it for the ranks, which is a collective of all of them.
 
         Args:
             model: changed in place; names of parameters and state_dict stay.
@@ -92,16 +97,20 @@ class GpuOptimizer:
                 recompute by a budget.
 
         Returns:
-            `model`.
+            `model`, with parallel="ddp" in torch's DistributedDataParallel. Make the optimizer from what is
+            returned: of a model in parts, from the parts.
 
         Raises:
             ConfigError: what was asked for does not work with this model; it says which.
+            RanksDifferError: another rank has another model, or cannot wrap its own.
         """
+        self._wrapping.check_group()
         model = model.to(self.device)
         in_precision = None if loss is None else self._autocasting(loss)
         layout = choose_layout(
             model,
-            self._channels_last,
+            # The clocks of ranks could choose differently.
+            "rule" if self._channels_last == "auto" and self._wrapping.on else self._channels_last,
             self.device,
             half=self.precision.name != "fp32",
             loss=in_precision,
@@ -114,11 +123,15 @@ class GpuOptimizer:
                 loss=in_precision,
             )
         wanted, mode = self._compile
-        compilation = compile_model(model, wanted, self.device, mode=mode)
+        if self._wrapping.in_parts:
+            compilation = Compilation("off: ranks have parts of the model")
+        else:
+            compilation = compile_model(model, wanted, self.device, mode=mode)
+        wrapped = self._wrapping.wrap(model)
         self.compilations[name], self.layouts[name] = compilation, layout
         if self._monitor is not None:
             self._tell(name)
-        return model
+        return cast(Module, wrapped)  # who calls it need not know of DDP's wrapper
 
     def decisions(self, name: str = "model") -> dict[str, Any]:
         """What was chosen for a model and the process, in words.
@@ -137,6 +150,7 @@ class GpuOptimizer:
             "precision": f"{self.precision.name}: {self.precision.reason}",
             "compiled": self.compilations[name].reason or f"at the first call, mode {mode}",
             "channels_last": f"{'yes' if layout.channels_last else 'no'}: {layout.reason}",
+            "parallel": self._wrapping.told,
             "recomputed_blocks": self.checkpointing[name].recomputed if name in self.checkpointing else (),
             **self.process_wide,
         }
@@ -193,8 +207,10 @@ class GpuOptimizer:
         """
         problem = None
         self.utilization.asked = True
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
         try:
-            if model is None:
+            if model is None or self._wrapping.in_parts:
                 raise ValueError("ranks have parts of the model")
             found: Flops | None = count_flops(model, loss).per(samples())
         except Exception as error:  # a figure is missing then; no training may end for it
@@ -225,8 +241,14 @@ class GpuOptimizer:
             bounds: those of `batch_size.find_batch_size`.
 
         Raises:
-            ConfigError: not even the smallest batch fits.
+            ConfigError: not even the smallest batch fits, or ranks share the model.
         """
+        if self._wrapping.on:
+            raise ConfigError(
+                f"find_batch_size with parallel {self._wrapping.parallel!r}",
+                "a model that this process can copy and train alone",
+                "find it with an optimizer of its own, made without parallel",
+            )
         twin = copy.deepcopy(model)
         optimizer = self.create_optimizer(twin.parameters())
         scaler = self.precision.scaler()
@@ -283,8 +305,16 @@ class GpuOptimizer:
             options: those of `inference.optimize_for_inference`.
 
         Raises:
-            ConfigError: an unknown engine, or none of those named takes the model.
+            ConfigError: an unknown engine, none of those named takes the model, or ranks have parts of it.
         """
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif self._wrapping.in_parts:
+            raise ConfigError(
+                "optimize_for_inference of a model of which ranks have parts",
+                "a whole one",
+                "load its checkpoint into a model of one process",
+            )
         example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), example)
         made = optimize_for_inference(model.to(self.device), example, **options)
         if self._monitor is not None:
@@ -352,11 +382,16 @@ def create_gpu_optimizer(
     attention: Kernel = "auto",
     peak_flops: float | None = None,
     autocast_pays: bool = True,
+    parallel: Parallel = "off",
+    shard_size: int | None = None,
+    fsdp_offload: bool = False,
+    gradient_compression: Compression = "off",
 ) -> GpuOptimizer:
     """Choose how to use the hardware. Works without a GPU: what does not apply is said, not an error.
 
     Args:
-        device_ids: CUDA devices to use, the first for this process; None: `device`.
+        device_ids: CUDA devices to use, the first for this process, with `parallel` that of its number on the
+            host; None: `device`.
         mixed_precision: True: what the hardware computes natively; False: fp32; or `bf16`, `fp16`, `fp32`.
         compile_model: `auto` compiles on CUDA, and goes on eagerly where that fails; True or `on`: it must
             work; False or `off`.
@@ -371,10 +406,15 @@ def create_gpu_optimizer(
         peak_flops: FLOP/s of the device in the precision in use, for the MFU, where its data sheet is not
             known here.
         autocast_pays: False keeps fp32 where the precision is not named.
+        parallel: how the ranks of torch's process group share a model: `ddp`: whole on each; `fsdp`: a part
+            on each (FSDP2); `hsdp`: whole once per `shard_size` neighbouring ranks; `off`: each has its own.
+        shard_size: of hsdp; None: the ranks of a host.
+        fsdp_offload: of fsdp and hsdp: keep the parts in host memory between their uses.
+        gradient_compression: of ddp: gradients travel as `bf16`, `fp16`, or by `powersgd`.
 
     Raises:
         ConfigError: a device that is not there or is named twice, devices of several architectures, an
-            unknown precision, or a value out of its range.
+            unknown precision, a value out of its range, or choices that do not go together.
     """
     _one_of("compile_model", compile_model, (True, False, "auto", "on", "off"))
     _one_of("compile_mode", compile_mode, get_args(Mode))
@@ -382,7 +422,22 @@ def create_gpu_optimizer(
     _at_least("gradient_checkpointing", gradient_checkpointing, 0)
     _at_least("activation_budget_bytes", activation_budget_bytes, 1)
     _at_least("peak_flops", peak_flops, 0)
+    _one_of("parallel", parallel, get_args(Parallel))
+    _one_of("gradient_compression", gradient_compression, get_args(Compression))
+    if shard_size is not None:
+        _at_least("shard_size", shard_size, 1)
+    wrapping = Wrapping(parallel, shard_size, fsdp_offload, gradient_compression)
+    if wrapping.in_parts and (compile_model is True or compile_model == "on"):
+        raise ConfigError(
+            f"compile_model {compile_model!r} with parallel {parallel!r}",
+            "one or the other: the whole model is compiled as one graph before it is divided",
+            "drop one of them",
+        )
+    if wrapping.on and device_ids is None:
+        device = device_of_rank(device, disable_gpu=disable_gpu)
     devices = choose_devices(device_ids, device, disable_gpu=disable_gpu)
+    if wrapping.on and len(devices) > 1:
+        devices = _own_first(devices)
     if isinstance(mixed_precision, bool):
         mixed_precision = "auto" if mixed_precision else "fp32"
     return GpuOptimizer(
@@ -396,7 +451,20 @@ def create_gpu_optimizer(
         tf32=tf32,
         attention=attention,
         peak_flops=peak_flops,
+        wrapping=wrapping,
     )
+
+
+def _own_first(devices: tuple[torch.device, ...]) -> tuple[torch.device, ...]:
+    """That of this rank's number on its host, then the others."""
+    number = local_rank() or 0
+    if number >= len(devices):
+        raise ConfigError(
+            f"device ids {[device.index for device in devices]} on rank {number} of its host",
+            "a device for each rank of a host",
+            "name more devices, or start fewer ranks",
+        )
+    return (devices[number], *devices[:number], *devices[number + 1 :])
 
 
 def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -1,5 +1,5 @@
-"""FSDP2: each rank keeps a part of the parameters, gradients and optimizer state, and computes with the whole
-of one block at a time. `choose_parallelism` makes one where `--parallel fsdp` or `hsdp` asks for it.
+"""Training a model that is divided by FSDP2 (`optimization.fsdp`). `choose_parallelism` makes one where
+`--parallel fsdp` or `hsdp` asks for it.
 """
 
 from __future__ import annotations
@@ -8,19 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, DataError
-from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.observation.ranks import Ranks
-from obsinfra.training.parallelism import DataParallel, group_size
+from obsinfra.optimization import fsdp
+from obsinfra.optimization.wrapping import broadcast, group_size
+from obsinfra.training.parallelism import DataParallel
 from obsinfra.workloads.protocol import Batches
 
 REFUSED = {
@@ -54,7 +52,7 @@ class FullySharded(DataParallel):
         self._how = settings.parallel
         self._shard_size = ranks.size
         if settings.parallel == "hsdp":
-            self._shard_size = group_size(ranks, settings.shard_size, "--shard-size")
+            self._shard_size = group_size(ranks.size, settings.shard_size, "--shard-size")
         self._accumulate = settings.accumulate
         self._offload = settings.fsdp_offload == "on"
         self._buffers: list[Tensor] = []
@@ -80,34 +78,8 @@ class FullySharded(DataParallel):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself, in parts, with rank 0's values."""
-        self._buffers = saved_buffers(model)
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, 0)
-        device = next(model.parameters()).device
-        mesh, policy = self._mesh(device), self._policy(device)
-        for block in blocks_of(model):
-            fully_shard(block, mesh=mesh, offload_policy=policy)
-        fully_shard(model, mesh=mesh, offload_policy=policy)
+        self._buffers = fsdp.divide(model, self._shard_size, offload=self._offload)
         return model
-
-    def _mesh(self, device: torch.device) -> DeviceMesh:
-        """The ranks in one row, or in rows that have the whole model each."""
-        rows = self.ranks.size // self._shard_size
-        if rows == 1:
-            return init_device_mesh(device.type, (self.ranks.size,))
-        return init_device_mesh(device.type, (rows, self._shard_size), mesh_dim_names=("replicate", "shard"))
-
-    def _policy(self, device: torch.device) -> OffloadPolicy:
-        """Where the parts are between their uses."""
-        if not self._offload:
-            return OffloadPolicy()
-        if device.type == "cpu":
-            get_logger("training").info(
-                "fsdp_offload_changes_nothing", why="on the CPU they are in host memory"
-            )
-        # Pinned, copies need not be waited for; without a device there is nothing to pin for.
-        return CPUOffloadPolicy(pin_memory=device.type != "cpu")
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """All parts, also an empty one, whose pass weighs nothing: it is a collective all the same.
@@ -130,9 +102,7 @@ class FullySharded(DataParallel):
         model.set_requires_gradient_sync(now)
         yield
         if now:
-            with torch.no_grad():
-                for buffer in self._buffers:  # batch norm's statistics are rank 0's, as DDP has them
-                    dist.broadcast(buffer, 0)
+            broadcast(self._buffers)  # batch norm's statistics are rank 0's, as DDP has them
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Over the gradients of all ranks: one small collective."""
@@ -160,34 +130,3 @@ def refuse_what_needs_whole_models(settings: Settings) -> None:
                 f"one or the other: {why}",
                 "drop one of them",
             )
-
-
-def saved_buffers(model: nn.Module) -> list[Tensor]:
-    """The buffers that are part of its state."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    kept = model.state_dict().keys() - names
-    return [buffer for name, buffer in model.named_buffers() if name in kept]
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: the entries of the outermost lists of modules, else the children; those
-    with parameters, none of which is used outside of them. The rest goes with the model itself."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    inner = {id(one) for outer in lists for one in outer.modules() if one is not outer}
-    found = [entry for one in lists if id(one) not in inner for entry in one] or list(model.children())
-    uses: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    blocks = []
-    for block in found:
-        own: dict[int, int] = {}
-        for _, parameter in block.named_parameters(remove_duplicate=False):
-            own[id(parameter)] = own.get(id(parameter), 0) + 1
-        if own and all(uses[key] == count for key, count in own.items()) and _called(block):
-            blocks.append(block)
-    return blocks
-
-
-def _called(module: nn.Module) -> bool:
-    """Whether it has a forward of its own, which is where its parameters are gathered."""
-    return type(module).forward is not nn.Module.forward

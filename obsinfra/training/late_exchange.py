@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from obsinfra.observation.ranks import Ranks
+from obsinfra.optimization.wrapping import broadcast
 from obsinfra.training.parallelism import DataParallel
 
 BUCKET_BYTES = 25 * 2**20
@@ -40,9 +41,7 @@ class LateDataParallel(DataParallel):
         """The model itself, with rank 0's values on every rank."""
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = list(model.buffers())
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *self._buffers):
-                dist.broadcast(tensor, 0)
+        broadcast((*model.parameters(), *self._buffers))
         return model
 
     def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
@@ -76,9 +75,7 @@ class LateDataParallel(DataParallel):
                 present = [flag > 0 for flag in flags[1:]]
                 flat = flat[: -1 - len(present)]
             self._put_back(bucket, gradients, flat.div_(self.ranks.size), present)
-        with torch.no_grad():
-            for buffer in self._buffers:  # batch norm's statistics are rank 0's, as DDP has them
-                dist.broadcast(buffer, 0)
+        broadcast(self._buffers)  # batch norm's statistics are rank 0's, as DDP has them
         return False
 
     def _put_back(

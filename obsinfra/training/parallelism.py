@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,19 +17,16 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import obsinfra
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, RanksDifferError
-from obsinfra.observation.ranks import Launch, Ranks
+from obsinfra.observation.ranks import Ranks
+from obsinfra.optimization.wrapping import device_of_rank, replicate
 from obsinfra.training.own_time import OwnTime, timed_backward
 from obsinfra.workloads.protocol import Batches, Workload
-
-POWERSGD_RANK = 4
-POWERSGD_WHOLE_STEPS = 10
 
 RANKS_OWN = frozenset({"inject", "metrics_host", "metrics_port", "device", "run", "resume", "threads"})
 """Settings that may differ between the ranks of a run."""
@@ -143,10 +139,7 @@ class DataParallel:
 
     def device_name(self, settings: Settings) -> str:
         """`auto` and `cuda` mean the GPU of this rank's number on its host."""
-        launch, gpus = Launch.from_environment(), torch.cuda.is_available() and not settings.disable_gpu
-        if launch is None or settings.device not in ("auto", "cuda") or not gpus:
-            return settings.device
-        return f"cuda:{launch.local_rank}"
+        return device_of_rank(settings.device, disable_gpu=settings.disable_gpu)
 
     def divide(self, batches: Batches, workload: str) -> Batches:
         """Each global batch in contiguous parts as equal as can be.
@@ -173,31 +166,9 @@ class DataParallel:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """DDP; the gradients are averaged while backward still runs."""
-        device = next(model.parameters()).device
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=self._compression != "powersgd",  # whose hook fails on them
-            bucket_cap_mb=self._bucket_megabytes(model),
-        )
-        if self._compression == "bf16" and device.type != "cuda":
-            raise ConfigError(
-                f"--gradient-compression bf16 on {device.type}",
-                "GPUs: torch's hook is made for them",
-                "take fp16",
-            )
-        if self._compression != "off":
-            wrapped.register_comm_hook(*_compressing(self._compression))
+        wrapped = replicate(model, self._compression)
         self._own_time = OwnTime(wrapped)
         return wrapped
-
-    def _bucket_megabytes(self, model: nn.Module) -> int | None:
-        """Torch's own size, but for PowerSGD one bucket for all: its second exchange starts when the
-        first is answered, and of two buckets that may be in another order on each rank. NCCL's streams keep
-        an order; gloo takes one bucket's message for the other's, and the process ends."""
-        if self._compression != "powersgd":
-            return None
-        return 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """Parts as they are; an empty one is left out unless there is nothing else."""
@@ -307,37 +278,6 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
 
         return LateDataParallel(ranks)
     return DataParallel(ranks, compression)
-
-
-def group_size(ranks: Ranks, asked: int | None, option: str) -> int:
-    """Ranks of a group; those of a host unless asked otherwise.
-
-    Raises:
-        ConfigError: it does not divide the number of ranks.
-    """
-    size = asked or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    if ranks.size % size:
-        whose = "" if asked else " (the ranks of a host)"
-        raise ConfigError(
-            f"{option} {size}{whose} does not divide {ranks.size} ranks",
-            "groups of as many ranks each",
-            f"choose another {option} or number of ranks",
-        )
-    return size
-
-
-def _compressing(how: str) -> tuple[Any, Callable[..., Any]]:
-    """State and hook of torch's own gradient compression."""
-    if how == "bf16":
-        return None, default_hooks.bf16_compress_hook
-    if how == "fp16":
-        return None, default_hooks.fp16_compress_hook
-    # Vogels et al. 2019, arXiv 1905.13727. Gradients travel whole for the first steps, in which they change
-    # most. Its error feedback is not in checkpoints: a resumed run begins with none.
-    state = powerSGD_hook.PowerSGDState(
-        dist.group.WORLD, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=POWERSGD_WHOLE_STEPS
-    )
-    return state, powerSGD_hook.powerSGD_hook
 
 
 def check_alike(ranks: Ranks, settings: Settings, workload: Workload, model: nn.Module) -> None:

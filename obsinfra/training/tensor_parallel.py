@@ -19,9 +19,11 @@ from torch.nn.utils import clip_grad_norm_
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError
 from obsinfra.observation.ranks import Ranks
+from obsinfra.optimization.fsdp import saved_buffers
 from obsinfra.optimization.tensor_styles import Whole
-from obsinfra.training.fully_sharded import refuse_what_needs_whole_models, saved_buffers
-from obsinfra.training.parallelism import DataParallel, group_size
+from obsinfra.optimization.wrapping import broadcast, group_size
+from obsinfra.training.fully_sharded import refuse_what_needs_whole_models
+from obsinfra.training.parallelism import DataParallel
 from obsinfra.workloads.protocol import Batches
 
 
@@ -39,7 +41,7 @@ class TensorParallel(DataParallel):
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
         refuse_what_needs_whole_models(settings)
         super().__init__(ranks)
-        self._group = group_size(ranks, settings.tensor_parallel_size, "--tensor-parallel-size")
+        self._group = group_size(ranks.size, settings.tensor_parallel_size, "--tensor-parallel-size")
         self.part, self.parts = ranks.rank // self._group, ranks.size // self._group
         # Within a group all compute on the same activations, so they must drop the same ones, too.
         ranks.draws_as = self.part
@@ -66,9 +68,7 @@ class TensorParallel(DataParallel):
             )
         styles = plan(self._group)
         self._buffers = saved_buffers(model)
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, 0)
+        broadcast((*model.parameters(), *model.buffers()))
         device = next(model.parameters()).device
         mesh = init_device_mesh(device.type, (self.parts, self._group), mesh_dim_names=("data", "tensor"))
         for name, module in model.named_modules():
@@ -101,8 +101,7 @@ class TensorParallel(DataParallel):
                     gradient = _own(parameter.grad)
                     dist.all_reduce(gradient, group=self._peers)
                     gradient.div_(self.parts)
-            for buffer in self._buffers:
-                dist.broadcast(buffer, 0)
+            broadcast(self._buffers)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Over the gradients of the whole group: one small collective."""

@@ -22,7 +22,7 @@ from obsinfra.control.command import new_command
 from obsinfra.errors import ConfigError
 from obsinfra.observation.observed_run import ObservedRun
 from obsinfra.observation.ranks import Alone
-from obsinfra.training.fully_sharded import blocks_of
+from obsinfra.optimization.fsdp import blocks_of
 from obsinfra.training.parallelism import choose_parallelism
 from obsinfra.training.preflight import check
 from obsinfra.training.trainer import Trainer
