@@ -116,7 +116,10 @@ ETA_SECONDS = _gauge(
 )
 STEPS = _counter("steps", "Steps taken by this process.")
 SAMPLES = _counter("samples", "Samples consumed by this process.")
-SAMPLES_PER_SECOND = _gauge("samples_per_second", "Samples per second over the last 10 seconds.")
+SAMPLES_PER_SECOND = _gauge(
+    "samples_per_second",
+    "Samples per second over the last 10 seconds; absent until the loop tells how many a step has.",
+)
 GROUP_RESTARTS = _counter(
     "group_restarts",
     "How often the ranks of this launch met again, by cause: killed, timeout, error or membership.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
 from obsinfra.errors import CommandError, ConfigError, UserError
 from obsinfra.run.files import of_rank
-from obsinfra.run.folder import RunFolder, find_run, scan_runs
+from obsinfra.run.folder import ENDED_STATES, RunFolder, find_run, scan_runs
 
 console = Console()
 OutputDir = Annotated[Path, typer.Option("--output-dir", envvar="OUTPUT_DIR", help="Folder of all runs.")]
@@ -333,14 +334,33 @@ def trace_export(
     folder = find(output_dir, run)
     files = find_span_files(folder.traces)
     if not files:
-        raise ConfigError(
-            f"no spans in {folder.traces}", "a run with monitoring on", "train without --disable-monitoring"
-        )
+        raise _no_spans(folder)
     target = out or folder.root / "trace.json"
     # The sidecar's spans show where a command came from: alert → delivery → command → checkpoint.
     sidecar = find_span_files(output_dir / ".stack" / "sidecar" / "traces")
     count = export_chrome_trace(files, target, beside=sidecar)
     console.print(f"{count} spans → {target}")
+
+
+def _no_spans(folder: RunFolder) -> ConfigError:
+    """Why there is nothing to export."""
+    try:
+        unwatched = tomllib.loads(folder.config_toml.read_text()).get("disable_monitoring") is True
+    except (OSError, ValueError):  # killed before it wrote its settings
+        unwatched = False
+    if unwatched:
+        return ConfigError(
+            f"no spans in {folder.traces}", "a run with monitoring on", "train without --disable-monitoring"
+        )
+    if folder.present_state(folder.read_info()) in (*ENDED_STATES, "dead"):
+        wrong, fix = "ended before its first one", f"go on with it by 'obsinfra train --resume {folder.id}'"
+    else:
+        wrong, fix = "has not made one yet", "try again after its next steps"
+    return ConfigError(
+        f"no spans in {folder.traces}: run {folder.id} {wrong}",
+        "one of each step that is traced (--trace-every) or slow, and of each checkpoint",
+        fix,
+    )
 
 
 def _progress(folder: RunFolder) -> int | str:

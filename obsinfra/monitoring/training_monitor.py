@@ -481,7 +481,7 @@ class TrainingMonitor:
         put(catalog.ETA_SECONDS, self._progress()["eta_seconds"])
         put(catalog.STEPS, recorder.steps)
         put(catalog.SAMPLES, recorder.samples)
-        put(catalog.SAMPLES_PER_SECOND, recorder.samples_per_second())
+        put(catalog.SAMPLES_PER_SECOND, self._samples_per_second())
         put(catalog.STEP_TIME_SECONDS, recorder.step_time())
         put(catalog.STEP_MEDIAN_SECONDS, recorder.median_step_seconds() or None)
         put(catalog.STEP_OWN_MEDIAN_SECONDS, recorder.own_median_seconds())

@@ -6,6 +6,7 @@ import json
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 from terminal import Terminal
 
@@ -48,3 +49,19 @@ def test_off_a_terminal_a_run_is_one_line_with_its_whole_name(
     monkeypatch.setenv("COLUMNS", "80")
     rows = Terminal("runs", capsys, monkeypatch)().out.splitlines()
     assert [row.split()[:2] for row in rows] == [["run", "state"], [name, "dead"]]
+
+
+def test_a_trace_of_a_run_without_spans_says_why_there_is_none(
+    killed: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed early was watched all the same: monitoring is not what is missing."""
+    export = Terminal("trace", capsys, monkeypatch)
+    gone = export("export", "alpha")
+    assert gone.code == 2 and "--disable-monitoring" not in gone.err
+    assert "run alpha ended before its first one" in gone.err
+    assert "go on with it by 'obsinfra train --resume alpha'" in gone.err
+    me = psutil.Process()
+    killed.update_info(processes={"0": {"pid": me.pid, "created": me.create_time()}})
+    assert "run alpha has not made one yet" in export("export", "alpha").err
+    killed.config_toml.write_text("disable_monitoring = true\n")
+    assert "train without --disable-monitoring" in export("export", "alpha").err

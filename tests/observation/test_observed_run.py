@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from waiting import wait_for
 
 from obsinfra.backup.compare import differences
+from obsinfra.catalog import metrics as catalog
 from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
 from obsinfra.control.history import events_of
@@ -176,6 +177,20 @@ def test_what_the_loop_does_not_tell_comes_from_the_optimizer_or_is_unknown_neve
         shown.append(run.monitor.live(0)["latest"])
     assert [now["learning_rate"] for now in shown] == [0.25, 0.25, 0.5, 0.5]
     assert [now["samples_per_second"] is None for now in shown] == [True, True, True, False]
+
+
+def test_prometheus_gets_no_throughput_of_a_loop_that_tells_no_samples(tmp_path: Path) -> None:
+    def exported(run: ObservedRun) -> bool:
+        run.monitor.recorder.fold()
+        return any(sample.metric is catalog.SAMPLES_PER_SECOND for sample in run.monitor.samples())
+
+    with observe(torch.nn.Linear(2, 1), output_dir=tmp_path, run="mine", **QUIET) as run:
+        seen = [exported(run)]
+        for told in run.steps([{}, {"samples": 8}]):
+            run.record(loss=1.0, **told)
+            seen.append(exported(run))
+        seen.append(exported(run))
+    assert seen == [False, False, False, True]
 
 
 class StallsFirst(TensorDataset):
