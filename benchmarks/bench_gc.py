@@ -1,11 +1,12 @@
 """What garbage collection does to the slowest steps, and what recovery from a lack of memory costs per step.
 
-    python benchmarks/bench_gc.py [--steps 4000] [--rounds 10] [--full-seconds 2]
+    python benchmarks/bench_gc.py [--steps 4000] [--rounds 10] [--full-seconds 2] [--kept 1]
 
-The digits workload in a plain loop that keeps a record of each step, as loops do, and leaves reference
-cycles, as callbacks and exceptions do. Two ways to collect, in turns, the order changing from round to round:
-wherever Python likes, and between two steps (`--gc boundary`). Percentiles are of the step itself; what lies
-between two steps is told apart. Then the same step with and without `MemoryOptimizer.run`, in turns.
+The digits workload in a plain loop that keeps a record or more of each step, as loops do, and leaves
+reference cycles, as callbacks and exceptions do. Two ways to collect, in turns, the order changing from round
+to round: wherever Python likes, and between two steps (`--gc boundary`). Percentiles are of the step itself;
+what lies between two steps is told apart, and the mean has both. Rounds shorter than `--full-seconds` have no
+full collection by `boundary`. Then the same step with and without `MemoryOptimizer.run`, in turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from machine import processor_name
 
 from obsinfra.optimization.gc_schedule import BoundaryGc, GcSchedule, PythonGc
 from obsinfra.optimization.memory_optimizer import create_memory_optimizer
@@ -41,7 +43,8 @@ class Node:
 class Loop:
     """The digits, trained without anything of ours."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = 1) -> None:
+        self.kept = kept
         torch.manual_seed(0)
         self.workload = Digits()
         self.model = self.workload.build_model()
@@ -72,14 +75,15 @@ class Loop:
     def update(self, loss: float) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.history.append({"loss": loss, "tags": {"phase": "train"}, "at": perf_counter()})
+        for _ in range(self.kept):
+            self.history.append({"loss": loss, "tags": {"phase": "train"}, "at": perf_counter()})
         for _ in range(CYCLES):
             Node()
 
 
-def timed(loop: Loop, schedule: GcSchedule, steps: int) -> tuple[list[float], float]:
-    """Seconds of each step, and of all that lay between two."""
-    seconds, between = [], 0.0
+def timed(loop: Loop, schedule: GcSchedule, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and of what lay between it and the next."""
+    seconds, between = [], []
     with schedule:
         for _ in range(steps):
             batch = next(loop.batches)
@@ -87,7 +91,7 @@ def timed(loop: Loop, schedule: GcSchedule, steps: int) -> tuple[list[float], fl
             loop.step(batch)
             ended = perf_counter()
             schedule.step_done()
-            between += perf_counter() - ended
+            between.append(perf_counter() - ended)
             seconds.append(ended - began)
     return seconds, between
 
@@ -96,13 +100,13 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def compare_collectors(steps: int, rounds: int, full_seconds: float) -> None:
-    loop = Loop()
+def compare_collectors(steps: int, rounds: int, full_seconds: float, kept: int) -> None:
+    loop = Loop(kept)
     made: dict[str, Callable[[], GcSchedule]] = {
         "python": PythonGc, "boundary": lambda: BoundaryGc(full_seconds),
     }  # fmt: skip
     taken: dict[str, list[list[float]]] = {name: [] for name in made}
-    between: dict[str, float] = dict.fromkeys(made, 0.0)
+    between: dict[str, list[float]] = {name: [] for name in made}
     full: list[BoundaryGc] = []
     timed(loop, PythonGc(), 200)
     for number in range(rounds):
@@ -115,22 +119,27 @@ def compare_collectors(steps: int, rounds: int, full_seconds: float) -> None:
             between[name] += gaps
             if isinstance(schedule, BoundaryGc):
                 full.append(schedule)
-    print(f"\n{'ms':<10}{'p50':>9}{'p95':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'between, µs/step':>20}")
+    print(f"\n{steps} steps a round, {kept} records kept of each, full collections every {full_seconds:g} s")
+    heads = ("p50", "p95", "p99", "p99.9", "max", "longest between", "mean of both")
+    print(f"{'ms':<10}" + "".join(f"{head:>{max(9, len(head) + 2)}}" for head in heads))
     for name, found in taken.items():
         ordered = sorted(second for block in found for second in block)
+        gaps = between[name]
         shown = [percentile(ordered, share) * 1e3 for share in (0.5, 0.95, 0.99, 0.999, 1.0)]
-        gap = between[name] / len(ordered) * 1e6
-        print(f"{name:<10}" + "".join(f"{value:>9.3f}" for value in shown) + f"{gap:>20.2f}")
+        shown += [max(gaps) * 1e3, (sum(ordered) + sum(gaps)) / len(ordered) * 1e3]
+        line = (f"{value:>{max(9, len(head) + 2)}.3f}" for head, value in zip(heads, shown, strict=True))
+        print(f"{name:<10}" + "".join(line))
     ratios = [
         percentile(ours, 0.99) / percentile(theirs, 0.99)
         for ours, theirs in zip(taken["boundary"], taken["python"], strict=True)
     ]
     collections = [sum(one.collections[generation] for one in full) for generation in range(3)]
     longest = max(one.longest_seconds[2] for one in full) * 1e3
+    spent = sum(sum(one.seconds) for one in full) / (steps * rounds) * 1e6
     print(
         f"p99 boundary ÷ python, median of {rounds} rounds: {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} – {max(ratios):.3f}); collections by generation {collections}, "
-        f"longest full one {longest:.1f} ms"
+        f"longest full one {longest:.1f} ms, in all {spent:.1f} µs a step"
     )
 
 
@@ -172,12 +181,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4_000, help="per way and round")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--full-seconds", type=float, default=2.0, help="between two full collections")
+    parser.add_argument("--kept", type=int, default=1, help="records kept of each step")
     arguments = parser.parse_args()
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; batch {BATCH}"
     )
-    compare_collectors(arguments.steps, arguments.rounds, arguments.full_seconds)
+    compare_collectors(arguments.steps, arguments.rounds, arguments.full_seconds, arguments.kept)
     compare_recovery(max(1, arguments.steps // 4), arguments.rounds)
 
 

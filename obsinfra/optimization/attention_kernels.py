@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from obsinfra.errors import ConfigError
+from obsinfra.optimization.arguments import one_of
 from obsinfra.optimization.timing import time_in_turns
 
 Kernel = Literal["auto", "flash", "efficient", "cudnn", "math"]
@@ -59,8 +59,7 @@ def use_attention(kernel: Kernel) -> str:
     Raises:
         ConfigError: there is no such kernel.
     """
-    if kernel != "auto" and kernel not in BACKENDS:
-        raise ConfigError(f"attention {kernel!r}", f"one of auto, {', '.join(BACKENDS)}", "correct it")
+    one_of("attention", kernel, ("auto", *BACKENDS))
     global _untouched
     if kernel == "auto":
         if _untouched is not None:

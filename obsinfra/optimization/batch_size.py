@@ -13,6 +13,7 @@ import torch
 
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.optimization.arguments import function, number, whole_number
 from obsinfra.optimization.host_guard import host_memory
 from obsinfra.optimization.memory_profiler import MemoryProfiler
 from obsinfra.optimization.oom_recovery import is_out_of_memory, release_device_caches
@@ -84,7 +85,8 @@ def find_batch_size(
     Args:
         step: one whole training step (forward, backward, optimizer) with so many rows; repeatable.
         device: where it runs.
-        first, last: smallest and largest size to try, in rows.
+        first, last: smallest and largest size to try, in rows. No more than `step` has: one that is given
+            1,000 rows of 64 takes 64, and says the larger batch fits and is as fast as it looks.
         limit_bytes: memory to stay below; default: `memory_share` of the device, or of the host or the
             container's limit.
         memory_share: see there.
@@ -93,14 +95,14 @@ def find_batch_size(
     Raises:
         ConfigError: not even `first` rows fit, or the bounds are none.
     """
-    if not 1 <= first <= last:
-        raise ConfigError(f"batch sizes from {first} to {last}", "1 ≤ first ≤ last", "correct them")
-    if rounds < 1 or not 0.0 < memory_share <= 1.0:
-        raise ConfigError(
-            f"rounds {rounds} with memory_share {memory_share}",
-            "at least 1, and a share up to 1",
-            "correct them",
-        )
+    function("step", step, "a function of the number of rows")
+    for name, value in (("first", first), ("last", last), ("rounds", rounds)):
+        whole_number(name, value, least=1)
+    number("memory_share", memory_share, above=0, most=1)
+    if limit_bytes is not None:
+        whole_number("limit_bytes", limit_bytes, least=1)
+    if first > last:
+        raise ConfigError(f"batch sizes from {first} to {last}", "first ≤ last", "correct them")
     limit = limit_bytes if limit_bytes is not None else _limit(device, memory_share)
     tried: dict[int, Tried] = {}
 

@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import ConfigError
 from obsinfra.monitoring.gpu_sampler import create_gpu_sampler
 from obsinfra.monitoring.instruments import Instruments
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.recorder import Recorder
 from obsinfra.monitoring.sample import Sample
+from obsinfra.optimization.arguments import number
 
 BOTTLENECKS = ("input", "launch", "compute", "memory")
 """What can bound a training: data that comes too slowly; kernels launched too slowly, or waits for the device
@@ -155,12 +155,10 @@ def monitor_gpu_utilization(
         stop: ends it early when set.
 
     Raises:
-        ConfigError: a duration or an interval that is none.
+        ConfigError: a duration or an interval that is no finite number above 0.
     """
-    if not (duration > 0 and interval > 0):
-        raise ConfigError(
-            f"watching for {duration} s every {interval} s", "more than 0 s", "correct the duration"
-        )
+    number("duration", duration, above=0)
+    number("interval", interval, above=0)
     stop = stop or threading.Event()
     sampler = create_gpu_sampler()
     values: dict[tuple[str, str], list[float]] = {}

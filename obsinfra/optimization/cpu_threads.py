@@ -13,6 +13,7 @@ import torch
 
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.optimization.arguments import function, shown, whole_number
 from obsinfra.optimization.timing import time_in_turns
 
 CPU = torch.device("cpu")
@@ -55,12 +56,15 @@ def tune_threads(
         rounds: measurements of each.
 
     Raises:
-        ConfigError: a candidate below 1.
+        ConfigError: a candidate or rounds that are no whole number of at least 1.
     """
     before = torch.get_num_threads()
-    numbers = sorted({before, *(candidates if candidates is not None else _powers(available()))})
-    if numbers[0] < 1:
-        raise ConfigError(f"{numbers[0]} threads", "1 or more", "correct candidates")
+    function("step", step, "tune_threads(lambda: train_step(batch))")
+    whole_number("rounds", rounds, least=1)
+    if candidates is not None and not isinstance(candidates, Sequence):
+        raise ConfigError(f"candidates {shown(candidates)}", "a list of whole numbers", "[1, 2, 4]")
+    wanted = [whole_number("candidates", one, least=1) for one in candidates or ()]
+    numbers = sorted({before, *(wanted if candidates is not None else _powers(available()))})
 
     def with_threads(count: int) -> Callable[[], object]:
         def run() -> object:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import IterableDataset
@@ -18,6 +18,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import DataError, DataWorkerError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
+from obsinfra.optimization.arguments import flag, function, number, shown, whole_number
 from obsinfra.optimization.data_order import derived_seed, ignore_trainer_signals, trainer_signals_held
 from obsinfra.optimization.datasets.block_cache import CacheUse
 from obsinfra.optimization.datasets.skipping import CorruptRecord, SkipLedger
@@ -30,7 +31,17 @@ from obsinfra.optimization.delivered_batches import (
     random_states_kept,
 )
 from obsinfra.optimization.loading_plan import LoadingPlan, Wishes, plan_loading, usable_processors
+from obsinfra.optimization.precision import choose_device
 from obsinfra.optimization.reclaimable import PREFETCH_ORDER, register_reclaimable
+
+
+@runtime_checkable
+class SharedOut(Protocol):
+    """A stream that gives each worker rows of its own, as `ParquetRows` does."""
+
+    def shard_rows(self, workers: int) -> list[int]:
+        """Rows each of so many workers will read in this epoch."""
+        ...
 
 
 def create_memory_efficient_dataloader(
@@ -50,7 +61,7 @@ def create_memory_efficient_dataloader(
     measure_seconds: float = 2.0,
     max_memory_percent: float = 85.0,
     max_skipped: int = 1000,
-    corrupt_errors: tuple[type[Exception], ...] = (CorruptRecord,),
+    corrupt_errors: tuple[type[Exception], ...] = (),
     timeout_seconds: float = 0.0,
 ) -> MemoryEfficientDataLoader:
     """Batches of `dataset`, an epoch per `iter()`, with `state_dict` and `load_state_dict`.
@@ -71,23 +82,35 @@ def create_memory_efficient_dataloader(
         measure_seconds: most time to spend on measuring, about.
         max_memory_percent: of the memory limit (cgroup or host), within which workers and prefetch must fit.
         max_skipped: most corrupt records to leave out in one epoch.
-        corrupt_errors: what the data set raises for a record to be skipped.
+        corrupt_errors: what the data set raises for a record to be skipped, besides `CorruptRecord`.
         timeout_seconds: longest wait for a batch from workers; 0: as long as they live.
 
     Raises:
         DataError: torchdata is missing, an argument makes no sense, or the data set is empty.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("prefetch", prefetch, 1),
-        ("max_skipped", max_skipped, 0),
-        ("timeout_seconds", timeout_seconds, 0),
-    ):
-        if value is not None and value < least:
-            raise DataError(f"{name} {value}", f"{least} or more")
-    if not 0 < max_memory_percent <= 100:
-        raise DataError(f"max_memory_percent {max_memory_percent}", "above 0, up to 100")
+    batch_size = whole_number("batch_size", batch_size, least=1, error=DataError)
+    seed = whole_number("seed", seed, error=DataError)
+    max_skipped = whole_number("max_skipped", max_skipped, least=0, error=DataError)
+    if num_workers is not None:
+        num_workers = whole_number("num_workers", num_workers, least=0, error=DataError)
+    if prefetch is not None:
+        prefetch = whole_number("prefetch", prefetch, least=1, error=DataError)
+    if pin_memory is not None:
+        flag("pin_memory", pin_memory, error=DataError)
+    if step_seconds is not None:
+        number("step_seconds", step_seconds, least=0, error=DataError)
+    number("timeout_seconds", timeout_seconds, least=0, error=DataError)
+    number("measure_seconds", measure_seconds, least=0, error=DataError)
+    number("max_memory_percent", max_memory_percent, above=0, most=100, error=DataError)
+    for name, value in (("shuffle", shuffle), ("drop_last", drop_last), ("random_records", random_records)):
+        flag(name, value, error=DataError)
+    if collate is not None:
+        function("collate", collate, "a function of a list of records", error=DataError)
+    if not isinstance(corrupt_errors, tuple) or not all(map(_is_error, corrupt_errors)):
+        raise DataError(
+            f"corrupt_errors {shown(corrupt_errors)}", "a tuple of exception classes", "(ValueError,)"
+        )
+    target = choose_device(device)
     try:
         import torchdata.stateful_dataloader  # noqa: F401
     except ImportError as error:
@@ -102,11 +125,14 @@ def create_memory_efficient_dataloader(
             "let the stream shuffle itself (ParquetRows(…, shuffle=True))",
         )
     if not streams:
-        if not isinstance(dataset, Sized):
-            raise DataError(f"a {type(dataset).__name__} without __len__", "a data set with it, or a stream")
+        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+            raise DataError(
+                f"a {type(dataset).__name__} without __len__ and __getitem__",
+                "a data set with both, or an IterableDataset",
+            )
         if len(dataset) < (batch_size if drop_last else 1):
             raise DataError(f"{len(dataset)} records give no batch of {batch_size}", "one batch or more")
-    sized = not streams or hasattr(dataset, "shard_rows")
+    sized = not streams or isinstance(dataset, SharedOut)
     return (_Sized if sized else MemoryEfficientDataLoader)(
         dataset,
         batch_size,
@@ -116,7 +142,7 @@ def create_memory_efficient_dataloader(
             workers=num_workers,
             prefetch=prefetch,
             pin_memory=pin_memory,
-            device=torch.device(device),
+            device=target,
             step_seconds=step_seconds,
             measure_seconds=measure_seconds,
             max_memory_percent=max_memory_percent,
@@ -124,7 +150,7 @@ def create_memory_efficient_dataloader(
             measurable=not isinstance(dataset, Iterator),
         ),
         ledger=SkipLedger(max_skipped),
-        corrupt_errors=corrupt_errors,
+        corrupt_errors=(CorruptRecord, *corrupt_errors),
         timeout_seconds=timeout_seconds,
     )
 
@@ -253,9 +279,11 @@ class MemoryEfficientDataLoader:
         Records by index may be loaded by any number.
 
         Raises:
-            DataError: it is of another data set, batch size, seed or order, or of a stream with another
-                number of workers than asked for.
+            DataError: it is none, of another data set, batch size, seed or order, or of a stream with
+                another number of workers than asked for.
         """
+        if not isinstance(state, Mapping):
+            raise DataError(f"a data position {shown(state)}", "what state_dict() returned", "give that")
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise DataError(
@@ -263,9 +291,19 @@ class MemoryEfficientDataLoader:
                     "the data and settings the run was started with",
                     "resume with the same data, or start a new run",
                 )
-        self.epoch, self._delivered = int(state["epoch"]), int(state["delivered"])
-        self.ledger.in_epoch = int(state["skipped"])
-        self._stream_state = state["stream"]
+        epoch, delivered, skipped = (
+            whole_number(f"a data position with {name}", state.get(name), least=0, error=DataError)
+            for name in ("epoch", "delivered", "skipped")
+        )
+        batches = delivered if self._streams else self._order.batches(len(self.dataset))
+        if delivered > batches:
+            raise DataError(
+                f"a data position with delivered {delivered}",
+                f"up to the {batches} batches of an epoch",
+                "resume with the same data, or start a new run",
+            )
+        self.epoch, self._delivered, self.ledger.in_epoch = epoch, delivered, skipped
+        self._stream_state = state.get("stream")
         if self._stream_state is not None and state["workers"] != self._planned_workers():
             if self._wishes.workers is not None:
                 raise DataError(
@@ -284,8 +322,11 @@ class MemoryEfficientDataLoader:
         return self._plan.workers if self._plan is not None else self._wishes.workers
 
     def _identity(self) -> dict[str, Any]:
-        known = not self._streams or hasattr(self.dataset, "rows")
-        records = (self.dataset.rows if self._streams else len(self.dataset)) if known else None
+        records = None
+        if not self._streams:
+            records = len(self.dataset)
+        elif isinstance(self.dataset, SharedOut):
+            records = sum(self.dataset.shard_rows(1))
         return {"kind": type(self.dataset).__name__, "records": records, **self._order.identity()}
 
     # ---- memory and metrics --------------------------------------------------------------------
@@ -415,11 +456,11 @@ class _Asks:
 
     def __iter__(self) -> Iterator[Ask]:
         size, order = self._order.batch_size, self._order
-        for number in range(self._first, order.batches(self._records)):
-            begin, stop = number * size, min((number + 1) * size, self._records)
+        for place in range(self._first, order.batches(self._records)):
+            begin, stop = place * size, min((place + 1) * size, self._records)
             chosen = self._permutation
             indices = list(range(begin, stop)) if chosen is None else chosen[begin:stop].tolist()
-            seed = derived_seed(order.seed, "batch", self._epoch, number) if order.random_records else None
+            seed = derived_seed(order.seed, "batch", self._epoch, place) if order.random_records else None
             yield Ask(indices, seed)
 
 
@@ -511,7 +552,11 @@ class _Trial:
 
 def _most_workers(dataset: Any, streams: bool) -> int:
     """How many could be of use. A stream that we do not know may give every worker the same records."""
-    return usable_processors() if not streams or hasattr(dataset, "shard_rows") else 1
+    return usable_processors() if not streams or isinstance(dataset, SharedOut) else 1
+
+
+def _is_error(one: object) -> bool:
+    return isinstance(one, type) and issubclass(one, Exception)
 
 
 def _as_is(delivery: Any) -> Any:

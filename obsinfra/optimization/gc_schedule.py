@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from obsinfra.catalog import metrics as catalog
+from obsinfra.errors import ConfigError
 from obsinfra.monitoring.instruments import Instruments
 
 FULL_SECONDS = 60.0
@@ -102,7 +103,11 @@ class BoundaryGc:
     def __enter__(self) -> BoundaryGc:
         global _running
         if _running is not None:
-            raise RuntimeError("another BoundaryGc is in charge of this process's collector; leave it first")
+            raise ConfigError(
+                "a second BoundaryGc in a process, which has one collector",
+                "one at a time",
+                "leave the first, or create_memory_optimizer(gc='python') for one of them",
+            )
         _running = self
         self._was_enabled = gc.isenabled()
         self._young, self._middle, _ = gc.get_threshold()

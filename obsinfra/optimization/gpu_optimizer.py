@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import ConfigError
@@ -22,6 +23,7 @@ from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.optimization.activation_checkpointing import Checkpointing, checkpoint_activations
+from obsinfra.optimization.arguments import flag, function, number, one_of, shown, whole_number
 from obsinfra.optimization.attention_kernels import Kernel, use_attention
 from obsinfra.optimization.batch_size import BatchSizes, find_batch_size
 from obsinfra.optimization.bottleneck import UtilizationReport, monitor_gpu_utilization
@@ -30,7 +32,7 @@ from obsinfra.optimization.cpu_threads import ThreadTuning, tune_threads
 from obsinfra.optimization.device_peaks import peak_of
 from obsinfra.optimization.float32_matmul import allow_tf32, tf32_allowed
 from obsinfra.optimization.flops import Flops, Utilization, count_flops
-from obsinfra.optimization.fused_optimizers import create_optimizer
+from obsinfra.optimization.fused_optimizers import create_optimizer, sparse_weights
 from obsinfra.optimization.inference import InferenceModel, optimize_for_inference
 from obsinfra.optimization.memory_layout import Layout, WantedLayout, choose_layout
 from obsinfra.optimization.precision import CountingScaler, Precision, choose_devices, choose_precision
@@ -83,6 +85,7 @@ class GpuOptimizer:
         self._channels_last = channels_last
         self._wrapping = wrapping
         self._recompute_every, self._activation_budget = gradient_checkpointing, activation_budget_bytes
+        self._sparse: Any = WeakIdKeyDictionary()
         self._monitor: TrainingMonitor | None = None
         self._log = get_logger("training")
 
@@ -105,6 +108,9 @@ class GpuOptimizer:
             RanksDifferError: another rank has another model, or cannot wrap its own.
         """
         self._wrapping.check_group()
+        _check_model(model)
+        if loss is not None:
+            function("loss", loss, "lambda model: loss_of(model(inputs))")
         model = model.to(self.device)
         in_precision = None if loss is None else self._autocasting(loss)
         layout = choose_layout(
@@ -129,6 +135,7 @@ class GpuOptimizer:
             compilation = compile_model(model, wanted, self.device, mode=mode)
         wrapped = self._wrapping.wrap(model)
         self.compilations[name], self.layouts[name] = compilation, layout
+        self._note_sparse(model)
         if self._monitor is not None:
             self._tell(name)
         return cast(Module, wrapped)  # who calls it need not know of DDP's wrapper
@@ -139,7 +146,7 @@ class GpuOptimizer:
         Raises:
             ConfigError: no model of that name was optimized.
         """
-        if name not in self.layouts:
+        if not isinstance(name, str) or name not in self.layouts:
             known = ", ".join(self.layouts) or "none yet"
             raise ConfigError(
                 f"decisions about a model {name!r}", f"one optimized before: {known}", "correct it"
@@ -166,14 +173,25 @@ class GpuOptimizer:
     ) -> torch.optim.Optimizer:
         """An optimizer, in one kernel for all parameters where torch has that for this device.
 
+        Not in one where a model given to `optimize_model` has an embedding with sparse gradients among them.
+
         Args:
             parameters: tensors or parameter groups.
             kind: class of the optimizer.
             options: its own.
+
+        Raises:
+            ConfigError: no parameters, an option the class does not have or take, or a sparse gradient it
+                does not take; of a model not seen by `optimize_model` at the first step.
         """
-        optimizer, how = create_optimizer(kind, parameters, self.device, **options)
-        self._log.debug("optimizer_made", kind=type(optimizer).__name__, how=how)
+        optimizer, how = create_optimizer(kind, parameters, self.device, self._sparse, **options)
+        log = self._log.info if self._sparse and how != "fused" else self._log.debug
+        log("optimizer_made", kind=type(optimizer).__name__, how=how)
         return optimizer
+
+    def _note_sparse(self, model: nn.Module) -> None:
+        for name, weight in sparse_weights(model):
+            self._sparse[weight] = name
 
     def create_scaler(self) -> CountingScaler:
         """A gradient scaler for fp16; under other precisions one that passes everything through."""
@@ -231,18 +249,25 @@ class GpuOptimizer:
         )
 
     def find_batch_size(
-        self, model: nn.Module, loss: Callable[[nn.Module, int], Tensor], **bounds: Any
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, int], Tensor],
+        kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        **bounds: Any,
     ) -> BatchSizes:
         """The largest batch that fits and the fastest, by whole training steps of a copy of the model.
 
         Args:
-            model: untouched; a copy is trained, uncompiled, with AdamW.
-            loss: the forward pass with so many rows.
+            model: untouched; a copy is trained, uncompiled.
+            loss: the forward pass with so many rows; it must have them: `last` is the most it is asked for.
+            kind: class of the optimizer.
             bounds: those of `batch_size.find_batch_size`.
 
         Raises:
-            ConfigError: not even the smallest batch fits, or ranks share the model.
+            ConfigError: not even the smallest batch fits, a bound that is none, or ranks share the model.
         """
+        _check_model(model)
+        function("loss", loss, "lambda model, rows: loss_of(model(inputs[:rows]))")
         if self._wrapping.on:
             raise ConfigError(
                 f"find_batch_size with parallel {self._wrapping.parallel!r}",
@@ -250,7 +275,8 @@ class GpuOptimizer:
                 "find it with an optimizer of its own, made without parallel",
             )
         twin = copy.deepcopy(model)
-        optimizer = self.create_optimizer(twin.parameters())
+        self._note_sparse(twin)
+        optimizer = self.create_optimizer(twin.parameters(), kind)
         scaler = self.precision.scaler()
 
         def step(rows: int) -> None:
@@ -315,6 +341,7 @@ class GpuOptimizer:
                 "a whole one",
                 "load its checkpoint into a model of one process",
             )
+        _check_model(model)
         example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), example)
         made = optimize_for_inference(model.to(self.device), example, **options)
         if self._monitor is not None:
@@ -324,6 +351,8 @@ class GpuOptimizer:
     def watch(self, monitor: TrainingMonitor) -> None:
         """Export through `monitor` what is known here, at each of its scrapes. A first step that
         compiles a model is not called slow before `COMPILE_SECONDS`."""
+        if not isinstance(monitor, TrainingMonitor):
+            raise ConfigError(f"a monitor {shown(monitor)}", "a TrainingMonitor", "give run.monitor")
         self._monitor = monitor
         if any(compilation.reason is None for compilation in self.compilations.values()):
             monitor.recorder.first_step_allowance = COMPILE_SECONDS
@@ -365,6 +394,23 @@ class GpuOptimizer:
         if flops is None:
             return Utilization(None, f"{reason}, which has no native {self.precision.name}")
         return Utilization(flops, reason)
+
+
+def _check_model(model: object) -> None:
+    """Refuse what cannot be put onto a device: no module, or one without values.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a model {shown(model)}", "an nn.Module", "give the model itself")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if name := next((name for name, tensor in tensors if tensor.is_meta), None):
+        raise ConfigError(
+            f"a {type(model).__name__} whose {name} is on the meta device, without values",
+            "a model with values",
+            "model.to_empty(device='cpu') and initialise or load it before",
+        )
 
 
 def create_gpu_optimizer(
@@ -416,16 +462,22 @@ def create_gpu_optimizer(
         ConfigError: a device that is not there or is named twice, devices of several architectures, an
             unknown precision, a value out of its range, or choices that do not go together.
     """
-    _one_of("compile_model", compile_model, (True, False, "auto", "on", "off"))
-    _one_of("compile_mode", compile_mode, get_args(Mode))
-    _one_of("channels_last", channels_last, (True, False, "auto", "rule"))
-    _at_least("gradient_checkpointing", gradient_checkpointing, 0)
-    _at_least("activation_budget_bytes", activation_budget_bytes, 1)
-    _at_least("peak_flops", peak_flops, 0)
-    _one_of("parallel", parallel, get_args(Parallel))
-    _one_of("gradient_compression", gradient_compression, get_args(Compression))
+    one_of("compile_model", compile_model, (True, False, "auto", "on", "off"))
+    one_of("compile_mode", compile_mode, get_args(Mode))
+    one_of("channels_last", channels_last, (True, False, "auto", "rule"))
+    for name, value in (("disable_gpu", disable_gpu), ("tf32", tf32), ("autocast_pays", autocast_pays)):
+        flag(name, value)
+    if not isinstance(gradient_checkpointing, bool):
+        whole_number("gradient_checkpointing", gradient_checkpointing, least=0)
+    if activation_budget_bytes is not None:
+        whole_number("activation_budget_bytes", activation_budget_bytes, least=1)
+    if peak_flops is not None:
+        number("peak_flops", peak_flops, least=0)
+    one_of("parallel", parallel, get_args(Parallel))
+    one_of("gradient_compression", gradient_compression, get_args(Compression))
+    flag("fsdp_offload", fsdp_offload)
     if shard_size is not None:
-        _at_least("shard_size", shard_size, 1)
+        whole_number("shard_size", shard_size, least=1)
     wrapping = Wrapping(parallel, shard_size, fsdp_offload, gradient_compression)
     if wrapping.in_parts and (compile_model is True or compile_model == "on"):
         raise ConfigError(
@@ -465,13 +517,3 @@ def _own_first(devices: tuple[torch.device, ...]) -> tuple[torch.device, ...]:
             "name more devices, or start fewer ranks",
         )
     return (devices[number], *devices[:number], *devices[number + 1 :])
-
-
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
-        raise ConfigError(f"{name} {value!r}", f"one of {', '.join(map(repr, allowed))}", "correct it")
-
-
-def _at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and value >= least):
-        raise ConfigError(f"{name} {value!r}", f"a number of at least {least}", "correct it")

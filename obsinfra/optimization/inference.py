@@ -23,6 +23,7 @@ from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
+from obsinfra.optimization.arguments import number, shown, whole_number
 from obsinfra.optimization.inference_engines import ENGINES, EngineRefused
 from obsinfra.optimization.timing import wait_for_device
 
@@ -153,8 +154,21 @@ def optimize_for_inference(
             default: they go with the returned object.
 
     Raises:
-        ConfigError: an unknown engine, or none of those named takes the model; it says why for each.
+        ConfigError: an unknown engine, none of those named takes the model (it says why for each), the model
+            does not run on the example, or a value out of its range.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a model {shown(model)}", "an nn.Module", "give the model itself")
+    whole_number("calls", calls, least=1)
+    number("seconds", seconds, above=0)
+    if tolerance is not None:
+        number("tolerance", tolerance, least=0)
+    if isinstance(engines, str) or not (engines is None or engines):
+        raise ConfigError(
+            f"engines {shown(engines)}", f"a list of {', '.join(ENGINES)}, or None", "leave it out for all"
+        )
+    if folder is not None and not isinstance(folder, (str, Path)):
+        raise ConfigError(f"folder {shown(folder)}", "a path, or None", "correct it")
     args = example if isinstance(example, tuple) else (example,)
     names = tuple(engines) if engines is not None else DEFAULT_ENGINES
     unknown = [name for name in names if name not in ENGINES]
@@ -166,8 +180,7 @@ def optimize_for_inference(
     original = copy.deepcopy(model).eval().requires_grad_(False)
     shapes = _dynamic(args) if dynamic_batch else None
     device = _device(original, args)
-    with torch.inference_mode():
-        expected = original(*args)
+    expected = _eager(original, args)
     runs: dict[str, Callable[..., Any]] = {EAGER: original}
     results = {EAGER: EngineResult(EAGER, difference=0.0)}
     for name in names:
@@ -200,6 +213,19 @@ def optimize_for_inference(
         return tuple(_form(leaf, dynamic_batch) for leaf in pytree.tree_leaves(given))
 
     return InferenceModel(original, runs[best], [*results.values()], best, form, args, place, temporary)
+
+
+def _eager(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    """What the model itself says to the example."""
+    try:
+        with torch.inference_mode():
+            return model(*args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{type(model).__name__} does not run on the example: {str(error).partition(chr(10))[0][:200]}",
+            "inputs as the model takes them, a tuple of several",
+            "correct the example",
+        ) from error
 
 
 def _try(
@@ -263,7 +289,7 @@ def _latencies(
             run(*args)
     taken: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
-    for done in range(max(1, calls)):
+    for done in range(calls):
         if done >= 10 and time.perf_counter() - began > seconds:
             break
         for name, run in runs.items():

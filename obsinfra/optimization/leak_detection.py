@@ -21,6 +21,7 @@ import torch
 from obsinfra.catalog import metrics as catalog
 from obsinfra.monitoring.instruments import Instruments
 from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.optimization.arguments import number, whole_number
 from obsinfra.optimization.gc_schedule import all_objects
 
 LOOKS = 4
@@ -77,8 +78,8 @@ class LeakDetector:
     """
 
     def __init__(self, *, looks: int = LOOKS, least_bytes: int = 2**20) -> None:
-        if looks < 2:
-            raise ValueError("at least 2 looks")
+        whole_number("looks", looks, least=2)
+        number("least_bytes", least_bytes, least=0)
         self._least_bytes = least_bytes
         self._seen: deque[tuple[int, dict[Group, tuple[int, int]]]] = deque(maxlen=looks + 1)
 

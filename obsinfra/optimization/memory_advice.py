@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from obsinfra.optimization.host_guard import HostMemory
 from obsinfra.optimization.memory_forecast import FAR_SECONDS, MemoryForecast
@@ -155,8 +156,9 @@ def _of_device(
 
 
 def _model(model: nn.Module) -> dict[str, Any]:
-    """Bytes of parameters, gradients and buffers, and what AdamW takes: four times the parameters."""
-    parameters = list(model.parameters())
+    """Bytes of parameters, gradients and buffers, and what AdamW takes: four times the parameters.
+    What a lazy module has not made yet does not count."""
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     size = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     single = sum(p.numel() for p in parameters if p.dtype == torch.float32)
@@ -167,7 +169,7 @@ def _model(model: nn.Module) -> dict[str, Any]:
         "gradient_bytes": sum(
             p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None
         ),
-        "buffer_bytes": sum(b.numel() * b.element_size() for b in model.buffers()),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in model.buffers() if not is_lazy(b)),
         "training_bytes": size + 3 * trained,
         "float32_ratio": single / count if count else 0.0,
     }

@@ -13,11 +13,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from obsinfra.errors import ConfigError, UserError
 from obsinfra.monitoring.instruments import Instruments
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.optimization.activation_checkpointing import checkpoint_activations
+from obsinfra.optimization.arguments import flag, function, number, one_of, shown, whole_number
 from obsinfra.optimization.data_loading import (
     create_memory_efficient_dataloader as create_memory_efficient_dataloader,
 )
@@ -34,7 +36,9 @@ from obsinfra.optimization.oom_recovery import (
     NoRecovery,
     OutOfMemoryRecovery,
     StepRunner,
+    Telemetry,
 )
+from obsinfra.optimization.precision import choose_device
 from obsinfra.optimization.reclaim import cuda_in_use, free_memory
 
 Result = TypeVar("Result")
@@ -63,7 +67,7 @@ def create_memory_optimizer(
             the guard gives memory back; 0: no guard.
         oom_recovery: do a step that ran out of memory again in smaller micro-batches.
         micro_batch: rows of one forward pass at most, from the start; None: whole batches.
-        splittable: False where a batch's loss is not the mean over its rows.
+        splittable: False where a batch's loss is not the mean over its rows; its batches are never cut.
         gc: when Python's garbage is collected: between two steps, or anywhere.
         gradient_checkpointing: have `optimize_for_training` recompute activations block by block.
         leak_check_steps: look for tensors that become more, every so many steps; 0: never.
@@ -72,18 +76,26 @@ def create_memory_optimizer(
         agreement: of all ranks about failures; None: this process alone.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value out of its range, or a device that is not there.
     """
-    if not 0.0 <= max_memory_percent <= 100.0:
-        raise ConfigError(f"max_memory_percent {max_memory_percent}", "0 to 100", "correct it; 85 is usual")
-    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+    number("max_memory_percent", max_memory_percent, least=0, most=100)
+    if micro_batch is not None:
+        micro_batch = whole_number("micro_batch", micro_batch, least=1)
+    one_of("gc", gc, ("boundary", "python"))
+    whole_number("leak_check_steps", leak_check_steps, least=0)
+    for name, value in (
+        ("oom_recovery", oom_recovery),
+        ("splittable", splittable),
+        ("gradient_checkpointing", gradient_checkpointing),
+        ("profile", profile),
+    ):
+        flag(name, value)
+    if agreement is not None and not isinstance(agreement, Agreement):
         raise ConfigError(
-            f"micro_batch {micro_batch!r}", "a whole number of at least 1, or None", "correct it"
+            f"agreement {shown(agreement)}",
+            "an object with passed, agree and largest (oom_recovery.Agreement)",
+            "leave it out in a run of one process",
         )
-    if gc not in ("boundary", "python"):
-        raise ConfigError(f"gc {gc!r}", "boundary or python", "correct it")
-    if leak_check_steps < 0:
-        raise ConfigError(f"leak_check_steps {leak_check_steps}", "0 or more", "correct it")
     return MemoryOptimizer(
         max_memory_percent,
         MicroBatching(micro_batch, splittable=splittable),
@@ -92,7 +104,7 @@ def create_memory_optimizer(
         gradient_checkpointing=gradient_checkpointing,
         leak_check_steps=leak_check_steps,
         profile=profile,
-        device=None if device is None else torch.device(device),
+        device=None if device is None else choose_device(device),
         agreement=agreement,
     )
 
@@ -133,18 +145,33 @@ class MemoryOptimizer:
         self._model: nn.Module | None = None
         self._device, self._agreement = device, agreement
         self._steps: StepRunner = NoRecovery(micro_batching)
+        self._telemetry: Telemetry = self._steps.telemetry
+        self._watching = False
 
     def optimize_for_training(self, model: nn.Module) -> nn.Module:
         """Prepare for training `model`: steps of `run` are for it from now on.
 
         Activations are recomputed from now on where that was asked for; gradients it may have are dropped.
 
+        Args:
+            model: every module whose parameters get gradients in a step: of several, an `nn.ModuleList` of
+                them. A step is taken back in these alone.
+
         Returns:
             The model itself.
 
         Raises:
-            ConfigError: its activations cannot be recomputed block by block.
+            ConfigError: it is no module, has lazy buffers, or its activations cannot be recomputed block by
+                block.
         """
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"a model {shown(model)}", "an nn.Module", "give the model itself")
+        if self.recovers and any(is_lazy(buffer) for buffer in model.buffers()):
+            raise ConfigError(
+                f"a {type(model).__name__} with lazy buffers, whose values before a step cannot be noted",
+                "a model that knows its shapes",
+                "call it once on a batch before",
+            )
         if self._gradient_checkpointing:
             checkpoint_activations(model)
         model.zero_grad(set_to_none=True)
@@ -153,22 +180,47 @@ class MemoryOptimizer:
             first = next(iter(model.parameters()), None)
             device = self._device or (first.device if first is not None else torch.device("cpu"))
             self._steps = OutOfMemoryRecovery(model, self.micro_batching, device, self._agreement)
+            self._steps.telemetry = self._telemetry
         return model
 
     def run(self, step: int, batches: Sequence[Any], attempt: Callable[[Sequence[Share]], Result]) -> Result:
-        """The forward and backward passes of one step; see `OutOfMemoryRecovery.run`.
+        """The forward and backward passes of one step, done again in smaller shares if memory runs out.
+
+        A repetition drops the gradients of the model given to `optimize_for_training` and puts its buffers
+        and the random states back, so that one call must be all of a step's passes: give the batches that
+        gradients are to be accumulated over together. What else `attempt` changes, it changes twice.
+
+        Args:
+            step: for what is reported.
+            batches: of this step, a list; its gradient is the mean over all their rows, each batch's loss
+                being the mean over its own.
+            attempt: called with the shares of the batches: forward and backward pass of each, its loss times
+                its weight. Called again with smaller ones after it ran out of memory.
+
+        Returns:
+            What `attempt` returned.
 
         Raises:
-            MemoryExhaustedError: not even one row at a time fits.
+            MemoryExhaustedError: not even one row at a time fits, or a repetition would lose the gradients
+                of an earlier call, which no optimizer step has used.
             ConfigError: recovery is on and `optimize_for_training` was not called, so that nothing is known
-                of what a step has to put back.
+                of what a step has to put back; no list of batches; or, after a repetition, a parameter of
+                another module than that model has the gradients of both attempts.
         """
+        if not isinstance(batches, (list, tuple)) or not batches:
+            raise ConfigError(
+                f"batches {shown(batches)}",
+                "a list of one or more batches",
+                "write run(step, [batch], passes)",
+            )
         if self.recovers and self._model is None:
             raise ConfigError(
                 "run of a memory optimizer that knows no model",
                 "optimize_for_training(model) before the first step",
                 "call it, or create the optimizer with oom_recovery=False",
             )
+        if not callable(attempt):
+            function("attempt", attempt, "a function of the shares, with their forward and backward passes")
         return self._steps.run(step, batches, attempt)
 
     def step_done(self) -> None:
@@ -183,20 +235,40 @@ class MemoryOptimizer:
         Args:
             monitor: shows metrics and spans; None: log events alone.
             batch_size: rows of a batch that is not split, for the metric.
+
+        Raises:
+            ConfigError: it is watching already, or another optimizer of this process collects garbage.
         """
+        if monitor is not None and not isinstance(monitor, TrainingMonitor):
+            raise ConfigError(f"a monitor {shown(monitor)}", "a TrainingMonitor", "give run.monitor, or None")
+        whole_number("batch_size", batch_size, least=0)
+        if self._watching:
+            raise ConfigError(
+                "watching within watching", "one block around the whole training", "leave out the inner one"
+            )
+        with self.gc:
+            self._watching = True
+            try:
+                with self._guarded(monitor, batch_size):
+                    yield
+            finally:
+                self._watching = False
+
+    @contextmanager
+    def _guarded(self, monitor: TrainingMonitor | None, batch_size: int) -> Iterator[None]:
         instruments = monitor.instruments if monitor is not None else Instruments()
         self.gc.instruments = self.leaks.instruments = instruments
         if monitor is not None:
-            self._steps.telemetry = MonitoredTelemetry(monitor, batch_size, self.micro_batching.limit)
+            self._telemetry = MonitoredTelemetry(monitor, batch_size, self.micro_batching.limit)
+            self._steps.telemetry = self._telemetry
         if self.max_memory_percent:
             self.guard = HostGuard(self.max_memory_percent, instruments=instruments)
         self.guard.start()
         try:
-            with self.gc:
-                yield
+            yield
         finally:
             self.guard.stop()
-            self._steps.telemetry = LoggedTelemetry()
+            self._telemetry = self._steps.telemetry = LoggedTelemetry()
 
     def optimize_memory(self) -> dict[str, Any]:
         """Collect garbage and give caches back; bytes held before and after, and what was freed."""
@@ -209,7 +281,8 @@ class MemoryOptimizer:
             name: of the block; blocks nest, and an inner one is called `outer/inner`.
             python_top: lines of Python listed whose allocations grew most; slows the block down severalfold.
         """
-        return self.profiler.block(name, python_top=python_top)
+        whole_number("python_top", python_top, least=0)
+        return self.profiler.block(str(name), python_top=python_top)
 
     def get_memory_info(self) -> dict[str, Any]:
         """Host, process, devices, model, micro-batch and what is foreseen; bytes where a name ends so."""
@@ -221,7 +294,11 @@ class MemoryOptimizer:
         return recommendations(self.get_memory_info(), self.max_memory_percent)
 
     def leak_detector(self, *, looks: int = 4, least_bytes: int = 2**20) -> LeakDetector:
-        """A detector to look with by hand; see `leak_check_steps` for one that looks by itself."""
+        """A detector to look with by hand; see `leak_check_steps` for one that looks by itself.
+
+        Raises:
+            ConfigError: fewer than two looks, or a size below 0.
+        """
         return LeakDetector(looks=looks, least_bytes=least_bytes)
 
     @property
@@ -236,9 +313,10 @@ class MemoryOptimizer:
         Also when the block raises, so that running out of memory can be looked at.
 
         Raises:
-            UserError: CUDA is not in use.
+            UserError: CUDA is not in use, or entries below 1.
             OSError: the file cannot be written.
         """
+        whole_number("entries", entries, least=1)
         if not cuda_in_use():
             raise UserError(
                 "a CUDA memory snapshot where CUDA is not in use",

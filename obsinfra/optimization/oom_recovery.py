@@ -10,15 +10,17 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import MemoryExhaustedError
+from obsinfra.errors import ConfigError, MemoryExhaustedError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.training_monitor import TrainingMonitor
+from obsinfra.optimization.gc_schedule import all_objects
 from obsinfra.optimization.micro_batching import (
     MicroBatching,
     Share,
@@ -34,6 +36,9 @@ ROOM_RATIO = 0.9
 """A larger micro-batch is tried on a GPU only if what it is expected to need stays below this share of what
 there is: fragmentation and workspaces take more than a straight line foresees."""
 
+_optimizer_steps = 0
+"""Of all optimizers of this process. Fused ones write to parameters without autograd's counting it."""
+
 _OTHER_WORDINGS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -44,6 +49,7 @@ _OTHER_WORDINGS = (
 """What PyTorch says about memory in a plain RuntimeError."""
 
 
+@runtime_checkable
 class Agreement(Protocol):
     """How all ranks of a run come to the same decision."""
 
@@ -234,6 +240,8 @@ class OutOfMemoryRecovery:
         self._agreement = agreement or Alone()
         self._rewind = Rewind(model, device)
         self._batch_norm = has_batch_norm(model)
+        self._parameters = [*model.parameters()]
+        self._updates = -1  # of any optimizer, when the last step's passes were done
 
     def run(self, step: int, batches: Sequence[Any], attempt: Callable[[Sequence[Share]], Result]) -> Result:
         """`attempt` on the shares of `batches`, with smaller ones until it fits.
@@ -241,19 +249,22 @@ class OutOfMemoryRecovery:
         Args:
             step: for what is reported.
             batches: of this step; the same ones are used again.
-            attempt: forward and backward passes of every share; gradients, random states and buffers must be
-                its only effects, since these are what can be taken back.
+            attempt: forward and backward passes of every share; the model's gradients, its buffers and random
+                states must be its only effects, since these are what can be taken back.
 
         Raises:
-            MemoryExhaustedError: it does not fit with one row at a time, or the batch cannot be split.
+            MemoryExhaustedError: it does not fit with one row at a time, the batch cannot be split, or
+                gradients of the call before, which no optimizer step has used, would be lost.
+            ConfigError: after a repetition, a parameter outside the model has gradients of both attempts.
         """
-        micro_batching = self.micro_batching
+        micro_batching, holds = self.micro_batching, self._holds_gradients()
         self._rewind.mark()
         shares = micro_batching.split(batches)
         result, problem = _try(attempt, shares)
         if self._agreement.passed(problem is not None):
-            result = self._repeat(step, batches, shares, attempt, problem)
+            result = self._repeat(step, batches, shares, attempt, problem, holds=holds)
         self._rewind.passed()
+        self._updates = _optimizer_steps
         if micro_batching.due_to_grow():
             self._grow(step)
         return result  # type: ignore[return-value]
@@ -265,6 +276,8 @@ class OutOfMemoryRecovery:
         shares: Sequence[Share],
         attempt: Callable[[Sequence[Share]], Result],
         problem: str | None,
+        *,
+        holds: bool,
     ) -> Result | None:
         micro_batching, agreement = self.micro_batching, self._agreement
         started, failed, elsewhere = time.perf_counter(), True, problem is None
@@ -273,20 +286,22 @@ class OutOfMemoryRecovery:
         reported = problem or "another rank ran out of memory"
         while failed:
             stuck = problem is not None and not micro_batching.can_halve(shares)
-            if agreement.agree(stuck):
-                raise self._exhausted(step, shares, reported)
+            if agreement.agree(stuck or holds):
+                raise self._exhausted(step, shares, reported, holds=holds)
             largest = agreement.largest(largest_share(shares))
             rows_before = rows_before or largest
             micro_batching.halve(largest)
             self._model.zero_grad(set_to_none=True)
             freed += release_device_caches(self._device)
             self._rewind.back()
+            outside = self._outside_gradients()
             if self._device.type == "cuda":  # the peak is to be that of the new size, for `_room_for_twice`
                 torch.cuda.reset_peak_memory_stats(self._device)
             shares = micro_batching.split(batches)
             result, problem = _try(attempt, shares)
             reported = problem or reported
             failed = agreement.passed(problem is not None)
+        _check_not_twice(outside)
         if self._batch_norm:
             self._batch_norm = False  # said once
             get_logger("training").warning(
@@ -309,6 +324,28 @@ class OutOfMemoryRecovery:
         )
         return result
 
+    def _holds_gradients(self) -> bool:
+        """Whether gradients of the passes before are still there, and no optimizer has used them."""
+        if self._updates != _optimizer_steps:
+            return False
+        gradients = (parameter.grad for parameter in self._parameters)
+        return any(
+            gradient.layout is not torch.strided or bool(gradient.any())
+            for gradient in gradients
+            if gradient is not None
+        )
+
+    def _outside_gradients(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Parameters outside the model that have gradients, these, and how often they were written to."""
+        mine = {id(parameter) for parameter in self._parameters}
+        found = []
+        for thing in all_objects():
+            if not issubclass(type(thing), Tensor) or id(thing) in mine:  # not isinstance: proxies run code
+                continue
+            if thing.is_leaf and thing.requires_grad and thing.grad is not None:
+                found.append((thing, thing.grad, thing.grad._version))
+        return found
+
     def _grow(self, step: int) -> None:
         micro_batching = self.micro_batching
         if self._agreement.agree(not _room_for_twice(self._device)):
@@ -318,7 +355,15 @@ class OutOfMemoryRecovery:
         assert before is not None
         self.telemetry.grown(Grown(step, before, micro_batching.grow()))
 
-    def _exhausted(self, step: int, shares: Sequence[Share], problem: str) -> MemoryExhaustedError:
+    def _exhausted(
+        self, step: int, shares: Sequence[Share], problem: str, *, holds: bool
+    ) -> MemoryExhaustedError:
+        if holds:
+            return MemoryExhaustedError(
+                f"out of memory in step {step}, and doing it again would lose the gradients of the run "
+                f"before, which no optimizer step has used: {problem}; fix: accumulate within one run, "
+                "as run(step, [batch, batch], passes)"
+            )
         if not self.micro_batching.splittable or any(rows_of_share(share) is None for share in shares):
             what = "the batch cannot be split into rows (docs/memory.md)"
         else:
@@ -360,6 +405,30 @@ def _try(
         if not is_out_of_memory(error):
             raise
         return None, (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _count_optimizer_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def _check_not_twice(outside: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Refuse a step whose repetition added to gradients that nobody has dropped.
+
+    Raises:
+        ConfigError: it did.
+    """
+    for parameter, gradient, version in outside:
+        if parameter.grad is gradient and gradient._version != version:
+            raise ConfigError(
+                f"a parameter of shape {list(parameter.shape)} outside the model, with the gradients of both "
+                "attempts at a step that ran out of memory",
+                "every parameter of the step in the model that is prepared",
+                "optimize_for_training(nn.ModuleList([model, other]))",
+            )
 
 
 def _room_for_twice(device: torch.device) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from obsinfra.errors import ConfigError
+from obsinfra.optimization.arguments import one_of, shown
 
 
-def choose_device(wanted: str, *, disable_gpu: bool = False) -> torch.device:
+def choose_device(wanted: str | torch.device, *, disable_gpu: bool = False) -> torch.device:
     """The device to train on.
 
     Args:
@@ -23,6 +24,10 @@ def choose_device(wanted: str, *, disable_gpu: bool = False) -> torch.device:
     Raises:
         ConfigError: the device does not exist here, or contradicts `disable_gpu`.
     """
+    if isinstance(wanted, torch.device):
+        wanted = str(wanted)
+    if not isinstance(wanted, str):
+        raise ConfigError(f"device {shown(wanted)}", "auto, cpu, cuda, cuda:N or mps", "correct the device")
     if wanted == "auto":
         if not disable_gpu and torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -64,8 +69,12 @@ def choose_devices(
     """
     if device_ids is None:
         return (choose_device(wanted, disable_gpu=disable_gpu),)
-    if isinstance(device_ids, (int, str)) or not all(isinstance(index, int) for index in device_ids):
-        raise ConfigError(f"device_ids {device_ids!r}", "a list of numbers, such as [0, 1]", "correct it")
+    if not isinstance(device_ids, (list, tuple, range)) or not all(
+        isinstance(index, int) for index in device_ids
+    ):
+        raise ConfigError(
+            f"device_ids {shown(device_ids)}", "a list of numbers, such as [0, 1]", "correct it"
+        )
     named = f"device ids {list(device_ids)}"
     if wanted != "auto" or disable_gpu:
         raise ConfigError(f"{named} beside another choice of device", "one or the other", "drop one of them")
@@ -157,8 +166,7 @@ def choose_precision(wanted: str, device: torch.device, *, autocast_pays: bool =
     Raises:
         ConfigError: `wanted` is none.
     """
-    if wanted not in PRECISIONS:
-        raise ConfigError(f"precision {wanted!r}", f"one of {', '.join(PRECISIONS)}", "correct it")
+    one_of("precision", wanted, PRECISIONS)
     if wanted != "auto":
         return Precision(wanted, device.type, "as asked")
     if not autocast_pays:

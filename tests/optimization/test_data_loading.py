@@ -25,7 +25,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import DataError, DataWorkerError
 from obsinfra.optimization import loading_plan
 from obsinfra.optimization.data_loading import create_memory_efficient_dataloader
-from obsinfra.optimization.datasets import ParquetRows, Skipped, csv_rows, hdf5_rows
+from obsinfra.optimization.datasets import CorruptRecord, ParquetRows, Skipped, csv_rows, hdf5_rows
 from obsinfra.optimization.loading_plan import Wishes, plan_loading
 from obsinfra.optimization.reclaimable import reclaimables
 
@@ -181,6 +181,40 @@ def test_corrupt_records_are_left_out_counted_and_reported(tmp_path: Path, worke
     told = [event for event in events if event["event"] == "record_skipped"]
     assert [event["where"] for event in told[:3]] == [f"sp500.csv line {n}" for n in (9, 11, 1002)]
     assert len(told) == 103 and "open is" in told[0]["reason"]
+
+
+class Readings(Dataset[Any]):
+    """Somebody's own: says of one record that it is corrupt, and of another what its parser said."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 1:
+            raise CorruptRecord("sensor 1", "cut short")
+        return float("3,1" if index == 3 else index)
+
+
+def test_errors_that_are_named_add_to_what_is_known_to_be_corrupt() -> None:
+    loader = create_memory_efficient_dataloader(Readings(), 6, num_workers=0, corrupt_errors=(ValueError,))
+    assert [batch.tolist() for batch in loader] == [[0, 2, 4, 5]]
+    assert list(loader.ledger.seen) == ["sensor 1", "record 3"]
+
+
+class Named(Prices):
+    """Has attributes that mean something else than those of `ParquetRows`."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+
+@pytest.mark.parametrize("rows", [object(), 7, [1, 2]])
+def test_an_attribute_of_somebodys_stream_is_not_taken_for_its_length(rows: Any) -> None:
+    loader = create_memory_efficient_dataloader(Named(rows), 8, num_workers=0)
+    assert loader.state_dict()["records"] is None and not hasattr(loader, "__len__")
+    next(iter(loader))
+    document, tensors = encode(loader.state_dict())
+    create_memory_efficient_dataloader(Named(8), 8, num_workers=0).load_state_dict(decode(document, tensors))
 
 
 def test_beyond_the_limit_training_ends_with_the_reason(tmp_path: Path) -> None:
@@ -446,7 +480,7 @@ def test_an_array_as_data_set_gives_its_rows(rows: Any) -> None:
 def test_bad_arguments_and_a_missing_package_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [1, 2, 3]
     for arguments, message in (
-        ({"batch_size": 0}, "batch_size 0; expected 1 or more"),
+        ({"batch_size": 0}, "batch_size 0; expected a whole number of at least 1"),
         ({"batch_size": 4, "drop_last": True}, "3 records give no batch of 4"),
         ({"batch_size": 1, "num_workers": -1}, "num_workers -1"),
         ({"batch_size": 1, "max_memory_percent": 101}, "max_memory_percent 101"),

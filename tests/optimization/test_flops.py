@@ -90,8 +90,12 @@ def test_peaks_are_found_by_the_names_torch_tells(
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GB200", "Quadro P400", "NVIDIA L400", ""]
-)
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GB200", "Quadro P400", "NVIDIA L400", "",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
+)  # fmt: skip
 def test_devices_that_are_not_in_the_table_are_not_taken_for_others(name: str) -> None:
     assert find_peak(name) is None
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from obsinfra.catalog import metrics as catalog
+from obsinfra.errors import ConfigError
 from obsinfra.optimization.gc_schedule import BoundaryGc, all_objects, create_gc_schedule
 
 
@@ -82,7 +83,7 @@ def test_a_forked_child_collects_as_python_does() -> None:
 
 
 def test_there_is_one_collector_to_be_in_charge_of() -> None:
-    with BoundaryGc(), pytest.raises(RuntimeError, match="another BoundaryGc"), BoundaryGc():
+    with BoundaryGc(), pytest.raises(ConfigError, match="a second BoundaryGc"), BoundaryGc():
         pass
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import obsinfra
 from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings
-from obsinfra.errors import ConfigError, UserError
+from obsinfra.errors import ConfigError, MemoryExhaustedError, UserError
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.optimization.leak_detection import LeakDetector
 from obsinfra.optimization.memory_advice import recommendations
@@ -70,6 +71,104 @@ def test_a_loop_of_ones_own_survives_a_step_that_does_not_fit() -> None:
     assert gc.isenabled()
 
 
+def fails_once(model: nn.Module, extra: nn.Module | None = None) -> Any:
+    """Passes whose first attempt runs out of memory after its first backward pass."""
+    failed: list[int] = []
+
+    def passes(shares: Sequence[Share]) -> None:
+        for rows, weight, _ in shares:
+            out = model(rows) if extra is None else extra(model(rows))
+            (out.pow(2).mean() * weight).backward()
+            if not failed:
+                failed.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return passes
+
+
+def passes_of(model: nn.Module) -> Any:
+    def passes(shares: Sequence[Share]) -> None:
+        for rows, weight, _ in shares:
+            (model(rows).pow(2).mean() * weight).backward()
+
+    return passes
+
+
+def test_a_repetition_never_silently_loses_gradients_of_an_earlier_run() -> None:
+    memory = create_memory_optimizer()
+    model = memory.optimize_for_training(nn.Linear(4, 1))
+    memory.run(0, [torch.ones(8, 4)], passes_of(model))
+    kept = model.weight.grad
+    with pytest.raises(MemoryExhaustedError, match=r"would lose the gradients.*accumulate within one run"):
+        memory.run(0, [torch.ones(8, 4)], fails_once(model))
+    assert model.weight.grad is kept
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("stepped", [True, False])
+def test_gradients_that_were_used_or_dropped_do_not_stop_a_repetition(stepped: bool, to_none: bool) -> None:
+    memory = create_memory_optimizer()
+    model = memory.optimize_for_training(nn.Linear(4, 1))
+    unused = nn.Parameter(torch.ones(1))  # of the model, but of no optimizer: its gradient is never dropped
+    model.unused = unused  # type: ignore[assignment]
+    memory.optimize_for_training(model)
+    optimizer = torch.optim.SGD([model.weight, model.bias], lr=0.1, fused=True)
+    memory.run(0, [torch.ones(8, 4)], passes_of(model))
+    if stepped:
+        unused.grad = torch.ones(1)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=to_none)
+    memory.run(1, [torch.ones(8, 4)], fails_once(model))
+    assert memory.get_memory_info()["micro_batch"]["out_of_memory_recoveries"] == 1
+
+
+def test_a_parameter_that_a_repetition_cannot_take_back_is_named() -> None:
+    body, head = nn.Linear(4, 3), nn.Linear(3, 1)
+    memory = create_memory_optimizer()
+    memory.optimize_for_training(body)
+    with pytest.raises(ConfigError, match=r"shape \[(1|1, 3)\] outside the model.*nn.ModuleList"):
+        memory.run(0, [torch.ones(8, 4)], fails_once(body, head))
+    for module in (body, head):
+        module.zero_grad()
+    memory.optimize_for_training(nn.ModuleList([body, head]))
+    memory.run(0, [torch.ones(8, 4)], passes_of(nn.Sequential(body, head)))
+    whole = head.weight.grad
+    assert whole is not None
+    again = create_memory_optimizer()
+    again.optimize_for_training(nn.ModuleList([body, head]))  # drops the gradients
+    again.run(0, [torch.ones(8, 4)], fails_once(body, head))
+    torch.testing.assert_close(head.weight.grad, whole)
+
+
+def test_a_model_that_is_prepared_within_watching_is_watched() -> None:
+    memory = create_memory_optimizer()
+    monitor = TrainingMonitor("loop", metrics_port=0)
+    with memory.watching(monitor, batch_size=8):
+        model = memory.optimize_for_training(nn.Linear(4, 1))
+        memory.run(0, [torch.ones(8, 4)], fails_once(model))
+    assert monitor.instruments.get(catalog.OOM_RECOVERIES) == 1
+
+
+def guards() -> int:
+    return sum(thread.name == "obsinfra-memory-guard" for thread in threading.enumerate())
+
+
+def test_a_nested_watching_is_refused_and_leaves_no_thread_behind() -> None:
+    before = guards()
+    memory = create_memory_optimizer()
+    with memory.watching():
+        assert guards() == before + 1
+        with pytest.raises(ConfigError, match="watching within watching"), memory.watching():
+            pass
+        other = create_memory_optimizer(gc="boundary")
+        with pytest.raises(ConfigError, match="gc='python'"), other.watching():
+            pass
+        assert guards() == before + 1
+    assert guards() == before and gc.isenabled()
+    with memory.watching():
+        assert guards() == before + 1
+
+
 class Codebook(nn.Module):
     """Keeps an average as many models do: past autograd, which counts no such write."""
 
@@ -102,6 +201,7 @@ def average_after(steps: int, *, last_fails: bool) -> Tensor:
     for step in range(steps):
         memory.micro_batching.limit = 4 if step == steps - 1 and not last_fails else None
         memory.run(step, [torch.randn(8, 4)], attempt)
+        model.zero_grad()
     assert len(failed) == last_fails
     return model.average.clone()
 

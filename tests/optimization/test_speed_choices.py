@@ -226,7 +226,7 @@ def test_a_choice_of_somebody_else_is_left_alone() -> None:
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(ConfigError, match="attention 'fast'; expected one of auto, flash"):
+    with pytest.raises(ConfigError, match="attention 'fast'; expected one of 'auto', 'flash'"):
         create_gpu_optimizer(device="cpu", attention="fast")  # type: ignore[arg-type]
 
 
@@ -252,6 +252,56 @@ def test_optimizers_are_fused_where_torch_has_that_and_say_why_not_elsewhere() -
     assert how == "fused" and len(optimizer.param_groups[0]["params"]) == 2
     _, how = create_optimizer(torch.optim.AdamW, model.parameters(), CPU, foreach=True)
     assert how == "as asked"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_an_embedding_with_sparse_gradients_is_not_given_to_a_fused_kernel(kind: Any) -> None:
+    gpu = create_gpu_optimizer(device="cpu", mixed_precision=False)
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 1))
+    gpu.optimize_model(model)
+    optimizer = gpu.create_optimizer(model.parameters(), kind, lr=0.5)
+    before = model[0].weight.detach().clone()
+    model(torch.tensor([3])).sum().backward()
+    optimizer.step()
+    changed = (model[0].weight != before).any(1)
+    assert changed.tolist() == [row == 3 for row in range(9)]
+    _, how = create_optimizer(kind, model.parameters(), CPU, {model[0].weight: "words"}, lr=0.5)
+    assert how == "not fused: the gradient of words is sparse"
+
+
+def test_an_optimizer_that_takes_no_sparse_gradients_is_refused_before_training() -> None:
+    gpu = create_gpu_optimizer(device="cpu", mixed_precision=False)
+    model = nn.ModuleDict({"words": nn.EmbeddingBag(9, 4, sparse=True)})
+    gpu.optimize_model(model)
+    with pytest.raises(ConfigError, match=r"AdamW for words\.weight, whose gradients are.*SGD, Adagrad"):
+        gpu.create_optimizer(model.parameters())
+    with pytest.raises(ConfigError, match=r"a fused SGD for words\.weight.*drop fused=True"):
+        gpu.create_optimizer(model.parameters(), torch.optim.SGD, lr=0.1, fused=True)
+    gpu.create_optimizer(model.parameters(), torch.optim.SparseAdam)
+
+
+def test_a_sparse_gradient_nobody_knew_of_is_named_at_the_step() -> None:
+    words, line = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 1)
+    optimizer, how = create_optimizer(torch.optim.SGD, [*line.parameters(), words.weight], CPU, lr=0.1)
+    assert how == "fused"
+    line(torch.ones(1, 4)).sum().backward()
+    optimizer.step()  # the embedding has no gradient yet
+    line(words(torch.tensor([3]))).sum().backward()
+    with pytest.raises(ConfigError, match=r"SGD, and parameter 2 of shape \[9, 4\] has a sparse gradient"):
+        optimizer.step()
+
+
+def test_a_batch_size_is_searched_with_the_optimizer_that_takes_the_model() -> None:
+    gpu = create_gpu_optimizer(device="cpu", mixed_precision=False)
+    model = nn.Embedding(9, 4, sparse=True)
+    tokens = torch.arange(8)
+
+    def loss(model: nn.Module, rows: int) -> Tensor:
+        return model(tokens[:rows]).sum()  # type: ignore[no-any-return]
+
+    with pytest.raises(ConfigError, match="AdamW for weight, whose gradients are sparse"):
+        gpu.find_batch_size(model, loss, last=8)
+    assert gpu.find_batch_size(model, loss, torch.optim.SparseAdam, last=8, rounds=1).largest == 8
 
 
 # ---- threads and timing --------------------------------------------------------------------------
@@ -283,7 +333,7 @@ def test_threads_are_as_before_when_the_step_fails() -> None:
     with pytest.raises(ValueError, match="broken step"):
         tune_threads(step, candidates=[1])
     assert torch.get_num_threads() == 2
-    with pytest.raises(ConfigError, match="0 threads"):
+    with pytest.raises(ConfigError, match="candidates 0; expected a whole number"):
         tune_threads(step, candidates=[0])
 
 

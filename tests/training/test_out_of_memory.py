@@ -263,6 +263,7 @@ def on_two_ranks(fits: tuple[int, int], steps: int) -> list[list[list[int]] | Ba
         try:
             for step in range(steps):
                 runner.run(step, [torch.ones(8, 2)], attempt)
+                model.zero_grad()
             found[number] = tried
         except MemoryExhaustedError as error:
             found[number] = error

@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import get_worker_info
 
+from obsinfra.errors import DataError
+from obsinfra.optimization.arguments import whole_number
 from obsinfra.optimization.reclaimable import DATASET_CACHE_ORDER, register_reclaimable
 
 V = TypeVar("V")
@@ -50,8 +52,7 @@ class BlockCache(Generic[V]):
     """
 
     def __init__(self, name: str, max_bytes: int, size: Callable[[V], int]) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}; expected 0 or more")
+        whole_number("max_cache_bytes", max_bytes, least=0, error=DataError)
         self.name = name
         self._size = size
         # Rows: [budget, generation, –], then [bytes, hits, misses] of each process.

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from obsinfra.errors import DataError
+from obsinfra.optimization.arguments import shown
 from obsinfra.optimization.datasets.row_blocks import Block, BlockedRows, Column
 
 ROWS_PER_BLOCK = 256
@@ -42,8 +43,12 @@ def csv_rows(
         `CorruptRecord`.
 
     Raises:
-        DataError: unreadable, no header, no rows, or a column is missing.
+        DataError: unreadable, no header, no rows, a column is missing, or a delimiter that is none.
     """
+    if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DataError(
+            f"delimiter {shown(delimiter)}", "one character, no quotation mark or line end", "correct it"
+        )
     types = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, float) if columns else None
     return BlockedRows(_CsvReader(Path(path), types, delimiter), max_cache_bytes)
 
@@ -64,10 +69,12 @@ class _CsvReader:
         self.types = dict.fromkeys(self._header, float) if types is None else dict(types)
         missing = [name for name in self.types if name not in self._header]
         if missing or not self._header:
+            likely = [mark for mark in ";\t|," if len(self._header) == 1 and mark in self._header[0]]
             raise DataError(
                 f"{path} has no column {', '.join(missing) or 'at all'} "
                 f"(found: {', '.join(self._header)[:200]})",
                 "a header with the columns' names",
+                f"delimiter={likely[0]!r}" if likely else "",
             )
         unknown = [f"{name}: {kind!r}" for name, kind in self.types.items() if kind not in (float, int, str)]
         if unknown:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from obsinfra.errors import DataError
+from obsinfra.optimization.arguments import whole_number
 from obsinfra.optimization.reclaim import resident_bytes
 from obsinfra.optimization.reclaimable import DATASET_CACHE_ORDER, register_reclaimable
 
@@ -83,8 +84,9 @@ class MappedBytes(Dataset[Tensor]):
     """
 
     def __init__(self, path: str | Path, window: int, stride: int | None = None) -> None:
-        if window < 1 or (stride is not None and stride < 1):
-            raise DataError(f"window {window}, stride {stride}", "1 or more")
+        whole_number("window", window, least=1, error=DataError)
+        if stride is not None:
+            whole_number("stride", stride, least=1, error=DataError)
         self.path, self.window, self.stride = Path(path).resolve(), window, stride or window
         try:
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")

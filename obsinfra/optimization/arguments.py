@@ -1,0 +1,90 @@
+"""Checks of what a caller gives: a value of another kind, or out of its range, is an error that names it.
+
+Every public function of this folder checks its arguments here, before it changes anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from obsinfra.errors import ConfigError, UserError
+
+
+def shown(value: object) -> str:
+    """A value as a message has it: itself if it is short, else what it is."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, type)):
+        try:
+            text = repr(value)
+        except ValueError:  # more digits than Python prints
+            text = ""
+        if 0 < len(text) <= 80:
+            return text
+    return f"of type {type(value).__name__}"
+
+
+def whole_number(
+    name: str, value: object, *, least: int | None = None, error: type[UserError] = ConfigError
+) -> int:
+    """A whole number, NumPy's included; no bool, and no float even where it is whole."""
+    bad = isinstance(value, bool) or not isinstance(value, Integral)
+    if bad or (least is not None and value < least):  # type: ignore[operator]
+        wanted = "a whole number" if least is None else f"a whole number of at least {least}"
+        raise error(f"{name} {shown(value)}", wanted, "correct it")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    error: type[UserError] = ConfigError,
+) -> float:
+    """A finite number within bounds."""
+    good = isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
+    if good and least is not None:
+        good = value >= least  # type: ignore[operator]
+    if good and above is not None:
+        good = value > above  # type: ignore[operator]
+    if good and most is not None:
+        good = value <= most  # type: ignore[operator]
+    if not good:
+        bounds = [
+            *(() if least is None else (f"of at least {least:g}",)),
+            *(() if above is None else (f"above {above:g}",)),
+            *(() if most is None else (f"up to {most:g}",)),
+        ]
+        raise error(f"{name} {shown(value)}", " ".join(["a finite number", *bounds]), "correct it")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def flag(name: str, value: object, *, error: type[UserError] = ConfigError) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise error(f"{name} {shown(value)}", "True or False", "correct it")
+    return value
+
+
+def one_of(
+    name: str, value: object, allowed: Sequence[object], *, error: type[UserError] = ConfigError
+) -> None:
+    """One of a few values; 1 is not True."""
+    if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
+        raise error(f"{name} {shown(value)}", f"one of {', '.join(map(repr, allowed))}", "correct it")
+
+
+def function(name: str, value: object, example: str, *, error: type[UserError] = ConfigError) -> None:
+    """Something that can be called; `example` shows such a one."""
+    if not callable(value):
+        raise error(f"{name} {shown(value)}", "a function", f"give one: {example}")
