@@ -27,7 +27,8 @@ from obsinfra.catalog.conditions import (
 )
 from obsinfra.catalog.metrics import RUN_LABELS, Metric
 
-BY_RANK = f"({', '.join(RUN_LABELS)})"
+BY_RANK = f"({', '.join((*RUN_LABELS, 'host'))})"
+"""What makes a rank, and the host that `/sd` says it is on: HostDown holds back alerts by that label."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,33 @@ def test_every_alert_fires_and_resolves_as_the_table_says(
     assert len(tests) == len(ALERTS)
 
 
+@needs_promtool
+def test_alerts_of_a_trainer_keep_the_host_by_which_they_are_held_back_when_it_is_down(
+    tmp_path: Path,
+) -> None:
+    """`/sd` puts the label on each series of a trainer; what is summed up must not lose it."""
+    seen = 0
+    for alert in ALERTS:
+        if isinstance(alert.condition, Always) or any(
+            metric.source != "trainer" for metric in metrics_of(alert.condition)
+        ):
+            continue
+        rules, test = (tmp_path / f"{alert.name}.{what}.yml" for what in ("rules", "test"))
+        write_rules(rules, [alert])
+        document = yaml.safe_load(render_rule_tests(rules.name, alert))
+        for scene in document["tests"]:
+            for series in scene["input_series"]:
+                series["series"] = series["series"].replace("{", '{host="gpu-1", ', 1)
+            for look in scene["promql_expr_test"]:
+                for firing in look["exp_samples"]:
+                    firing["labels"] = firing["labels"].replace("{", '{host="gpu-1", ', 1)
+                    seen += 1
+        test.write_text(yaml.safe_dump(document, allow_unicode=True))
+        judged = promtool("test", "rules", test)
+        assert judged.returncode == 0, judged.stdout + judged.stderr
+    assert seen > len(ALERTS)
+
+
 def _wrong(alert: Alert) -> list[dict[str, float]]:
     """Changes of an alert's rule, each of which its tests must notice."""
     wrong = [

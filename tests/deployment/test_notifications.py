@@ -342,6 +342,19 @@ def test_a_gone_trainer_explains_why_there_is_no_progress(start: Start, people: 
 
 
 @each_version
+def test_a_host_that_is_down_explains_what_is_wrong_with_its_runs(start: Start, people: People) -> None:
+    running = start(**people.settings(group_wait="3s"))
+    fire(running, "HostDown", run="", model="", rank="", host="gpu-1", scope="stack")
+    fire(running, "TrainerUnreachable", "warning", host="gpu-1")
+    fire(running, "DataStarvation", "warning", run="second", host="gpu-1")
+    fire(running, "TrainerUnreachable", "warning", run="third", host="gpu-2")
+    wait_for(lambda: len(people.http.alerts("/hook")) == 2, "people hear")
+    assert sorted(people.http.alerts("/hook")) == ["HostDown", "TrainerUnreachable"]
+    held_back = sorted(alert.labels["run"] for alert in running.alerts() if alert.inhibited_by)
+    assert held_back == ["my-run", "second"]
+
+
+@each_version
 def test_the_dead_mans_switch_is_told_again_and_again_and_people_never(start: Start, people: People) -> None:
     running = start(**people.settings(watchdog={"url": people.http.url("/alive"), "every": "2s"}))
     fire(running, "Watchdog", "none")
