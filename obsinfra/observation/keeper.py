@@ -153,6 +153,7 @@ class Keeper:
             )
         self._mirror = self._mirror_of(backup, run, log_path)
         self.last_commit_seconds = 0.0
+        self._unsavable: CheckpointError | None = None
         self._under_way: set[Saving] = set()
         self._last_regular_at = perf_counter()
         interval = settings.checkpoint_seconds
@@ -183,6 +184,15 @@ class Keeper:
         return all(
             value is None or math.isfinite(value) for value in (recorder.last_loss, recorder.last_grad_norm)
         )
+
+    def first_snapshot(self, epoch: int) -> CheckpointError | None:
+        """`snapshot` before the first step; what is wrong with a state that no checkpoint can hold.
+
+        Later such a thing is counted and logged, and the training goes on.
+        """
+        self._unsavable = None
+        self.snapshot(epoch)
+        return self._unsavable
 
     def keep_up(self, epoch: int) -> None:
         """At a step boundary: the regular checkpoint and the snapshot that are due."""
@@ -255,10 +265,10 @@ class Keeper:
         if kind == "emergency" and not self.sound():
             self._lend()
             return self.begin_snapshot(request)
-        taken = self._take(epoch, urgent=kind == "emergency", wait=SLOT_SECONDS)
-        saving = self._commit(kind, request, "live state", sound=False) if taken else None
-        if not taken:
-            self._failed(kind, "both snapshots were being committed all the time")
+        problem = self._take(epoch, urgent=kind == "emergency", wait=SLOT_SECONDS)
+        saving = self._commit(kind, request, "live state", sound=False) if problem is None else None
+        if problem is not None:
+            self._failed(kind, problem)
         if kind == "regular":
             self._rest()
         return saving
@@ -343,7 +353,8 @@ class Keeper:
         saving.settle(self._reported(saved, request, "live state"))
         return saving
 
-    def _take(self, epoch: int, *, urgent: bool, wait: float) -> bool:
+    def _take(self, epoch: int, *, urgent: bool, wait: float) -> str | None:
+        """Copy the state; why it was not copied, if so."""
         assert self._checkpointer is not None
         self._mirror.start()
         with self._recorder.phase("checkpoint"):
@@ -360,12 +371,13 @@ class Keeper:
                 )
             except (OSError, ObsinfraError) as error:
                 self._failed("snapshot", str(error))
-                return False
-        if taken:
-            self._monitor.instruments.observe(
-                catalog.SNAPSHOT_SECONDS, self._checkpointer.last_snapshot_seconds
-            )
-        return taken
+                if isinstance(error, CheckpointError):
+                    self._unsavable = error
+                return str(error)
+        if not taken:
+            return "both snapshots were being committed all the time"
+        self._monitor.instruments.observe(catalog.SNAPSHOT_SECONDS, self._checkpointer.last_snapshot_seconds)
+        return None
 
     def _commit(self, kind: Kind, request: Request, source: Source, *, sound: bool) -> Saving | None:
         if self._checkpointer is None:

@@ -33,7 +33,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import Ack, Command
-from obsinfra.errors import ConfigError, NonFiniteLossError
+from obsinfra.errors import CheckpointError, ConfigError, NonFiniteLossError
 from obsinfra.monitoring.logging_config import get_logger, log_beside, set_context_source
 from obsinfra.monitoring.recorder import _Phase
 from obsinfra.monitoring.training_monitor import TrainingMonitor
@@ -282,6 +282,7 @@ class ObservedRun:
             if plan.store is not None:
                 self._restore(plan)
             self._nonfinite_seen = self._recorder.nonfinite
+            self._first_snapshot()
             self.channel.start()
             if not settings.disable_monitoring:
                 self.monitor.start_monitoring()
@@ -303,10 +304,27 @@ class ObservedRun:
                 shutil.rmtree(self.folder.root, ignore_errors=True)
             raise
         self._system_log.info("run_started", resumed_from_step=self.monitor.resumed_from_step)
-        self.keeper.snapshot(self.position.epoch)
         atexit.register(self.finish)
         self._previous_excepthook = sys.excepthook
         sys.excepthook = self._excepthook
+
+    def _first_snapshot(self) -> None:
+        """Each rank: copy the state, so that what no checkpoint can hold is said before the first step.
+
+        Raises:
+            CheckpointError: there is such a thing, on rank 0.
+        """
+        problem = self.keeper.first_snapshot(self.position.epoch)
+
+        def raise_it() -> None:
+            if problem is not None:
+                raise CheckpointError(
+                    f"this training cannot be saved: {problem.wrong}",
+                    problem.expected,
+                    f"{problem.fix or 'change it'}; or go without checkpoints (disable_backups)",
+                )
+
+        self.ranks.share("first snapshot", raise_it)
 
     # ---- the loop's side -------------------------------------------------------------------------
 

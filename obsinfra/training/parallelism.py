@@ -311,7 +311,12 @@ def _difference(found: list[Any], name: str, odd: int) -> str:
 
 
 def _fingerprint(settings: Settings, workload: Workload, model: nn.Module) -> dict[str, Any]:
-    shapes = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+    shapes = [
+        (name, list(value.shape), str(value.dtype))
+        if isinstance(value, torch.Tensor)
+        else (name, type(value).__name__)
+        for name, value in model.state_dict().items()
+    ]
     own = settings.model_dump(mode="json", exclude=set(RANKS_OWN))
     return {
         "version": {"torch": torch.__version__, "python": list(sys.version_info[:2])},

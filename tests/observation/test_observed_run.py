@@ -419,6 +419,22 @@ def test_two_runs_of_a_process_obey_one_signal_and_end_in_any_order(
     ]
 
 
+def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"handle": object()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Nothing is ever loaded."""
+
+    with pytest.raises(CheckpointError, match=r"handle is a builtins\.object; .*disable_backups") as caught:
+        observe(nn.Linear(1, 1), output_dir=tmp_path, extra={"mine": Odd()}, **QUIET)
+    assert caught.value.exit_code == 2 and list(tmp_path.iterdir()) == []
+    unsaved = {**QUIET, "disable_backups": True}
+    with observe(nn.Linear(1, 1), output_dir=tmp_path, extra={"mine": Odd()}, **unsaved) as run:
+        assert list(run.steps(range(3))) == [0, 1, 2]
+
+
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.7"):
         observe(nn.Linear(1, 1), output_dir=tmp_path, metrics_host="203.0.113.7")

@@ -1,5 +1,7 @@
 """Digits on several ranks of which rank 1 has a fault, named by RANK_FAULT; as a workload factory.
 
+`unsavable` is wrong on every rank.
+
 A fault in training shows once: the file RANK_FAULT_MARK tells the ranks of a later attempt that it is over.
 """
 
@@ -21,6 +23,16 @@ SLOW_SECONDS = 0.05
 """The fault `slow`: that much more in each forward pass, and again in each backward pass."""
 
 
+class Unsavable(nn.Sequential):
+    """A model with a part of its state that no checkpoint can hold."""
+
+    def get_extra_state(self) -> object:
+        return threading.Lock()
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
 class FaultyDigits(Digits):
     """What is wrong is wrong on rank 1 alone."""
 
@@ -34,6 +46,12 @@ class FaultyDigits(Digits):
     def describe_data(self) -> dict[str, Any]:
         facts = super().describe_data()
         return {**facts, "training_images": 7} if self._fault == "data" else facts
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        if os.environ.get("RANK_FAULT") == "unsavable":
+            return Unsavable(model)
+        return nn.Sequential(model, nn.Linear(10, 10)) if self._fault == "model" else model
 
     def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
         output = super().training_step(model, batch)
@@ -52,4 +70,8 @@ class FaultyDigits(Digits):
 
 def create_workload(*, data_path: str | None, model_size: str | None, seed: int) -> FaultyDigits:
     """Digits with the fault of the environment."""
-    return FaultyDigits()
+    workload = FaultyDigits()
+    if workload._fault == "code":
+        # As if rank 1 had another version of this file: Python finds a class by its module's name.
+        workload.__class__ = type("FaultyDigits", (FaultyDigits,), {"__module__": "small_workload"})
+    return workload

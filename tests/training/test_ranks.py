@@ -114,12 +114,32 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_where_it_was_in_the_data(tmp_
 
 def _faulty(ranks: Any, output: Path, fault: str, settings: dict[str, Any]) -> Any:
     os.environ["RANK_FAULT"] = fault
+    if fault == "settings" and ranks.rank == 1:
+        settings = {**settings, "clip_norm": 7.0}
     return trained(ranks, output, model_name="rank_faults:create_workload", **settings)
 
 
-def test_ranks_with_other_data_end_with_an_error_that_names_it(tmp_path: Path) -> None:
-    found = in_group(2, _faulty, tmp_path, "data", {"run": "r"})
-    told = "RanksDifferError: rank 1 has another data than rank 0: training_images 7, not 1437"
+@pytest.mark.parametrize(
+    ("what", "difference"),
+    [
+        ("data", "training_images 7, not 1437"),
+        ("code", "workload '"),
+        ("settings", "clip_norm 7.0, not 1.0"),
+        ("model", "'"),
+    ],
+)
+def test_ranks_that_are_not_alike_end_with_an_error_that_names_it(
+    tmp_path: Path, what: str, difference: str
+) -> None:
+    found = in_group(2, _faulty, tmp_path, what, {"run": "r"})
+    told = f"RanksDifferError: rank 1 has another {what} than rank 0: {difference}"
+    assert all(isinstance(text, str) and told in text for text in found), found
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_model_that_cannot_be_saved_is_an_error_on_every_rank_before_the_first_step(tmp_path: Path) -> None:
+    found = in_group(2, _faulty, tmp_path, "unsavable", {"run": "r"})
+    told = "this training cannot be saved: state.model._extra_state is a _thread.lock; expected tensors"
     assert all(isinstance(text, str) and told in text for text in found), found
     assert not (tmp_path / "r").exists()
 
