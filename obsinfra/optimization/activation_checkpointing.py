@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from obsinfra.errors import ConfigError
+from obsinfra.optimization.arguments import whole_number
+from obsinfra.optimization.model_checks import check_module
 from obsinfra.optimization.weightless import weightless
 
 
@@ -68,6 +70,10 @@ def checkpoint_activations(
         ConfigError: the model has no list of blocks, or does not stay below the budget with all of them
             recomputed.
     """
+    check_module(model)
+    whole_number("every", every, least=1)
+    if budget_bytes is not None:
+        whole_number("budget_bytes", budget_bytes, least=1)
     undo_checkpointing(model)  # what an earlier call chose
     blocks = _blocks(model)
     if budget_bytes is None:

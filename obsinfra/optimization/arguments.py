@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 from obsinfra.errors import ConfigError, UserError
 
@@ -25,13 +26,26 @@ def shown(value: object) -> str:
 
 
 def whole_number(
-    name: str, value: object, *, least: int | None = None, error: type[UserError] = ConfigError
+    name: str,
+    value: object,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    error: type[UserError] = ConfigError,
 ) -> int:
     """A whole number, NumPy's included; no bool, and no float even where it is whole."""
-    bad = isinstance(value, bool) or not isinstance(value, Integral)
-    if bad or (least is not None and value < least):  # type: ignore[operator]
-        wanted = "a whole number" if least is None else f"a whole number of at least {least}"
-        raise error(f"{name} {shown(value)}", wanted, "correct it")
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    if good and least is not None:
+        good = value >= least  # type: ignore[operator]
+    if good and most is not None:
+        good = value <= most  # type: ignore[operator]
+    if not good:
+        low = "" if least is None else f" of at least {least}"
+        raise error(
+            f"{name} {shown(value)}",
+            f"a whole number{low}" + ("" if most is None else f" up to {most}"),
+            "correct it",
+        )
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
@@ -74,6 +88,13 @@ def flag(name: str, value: object, *, error: type[UserError] = ConfigError) -> b
     if not isinstance(value, bool):
         raise error(f"{name} {shown(value)}", "True or False", "correct it")
     return value
+
+
+def file_path(name: str, value: object, *, error: type[UserError] = ConfigError) -> Path:
+    """A path, as text or as a path."""
+    if not isinstance(value, (str, Path)):
+        raise error(f"{name} {shown(value)}", "a path", "correct it")
+    return Path(value)
 
 
 def one_of(

@@ -13,7 +13,9 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from obsinfra.optimization.arguments import one_of
+from obsinfra.errors import ConfigError
+from obsinfra.optimization.arguments import one_of, shown, whole_number
+from obsinfra.optimization.precision import choose_device
 from obsinfra.optimization.timing import time_in_turns
 
 Kernel = Literal["auto", "flash", "efficient", "cudnn", "math"]
@@ -25,6 +27,8 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of queries, keys and values."""
 
 _untouched: dict[str, bool] | None = None
 """What was allowed before a kernel was named here; None while none is."""
@@ -105,7 +109,20 @@ def measure_attention(
         device, dtype: where and in what.
         causal: each position sees those before it.
         rounds: measurements of each.
+
+    Raises:
+        ConfigError: no such shape or type, or a device that is not there.
     """
+    if not isinstance(shape, (list, tuple)) or len(shape) != 4:
+        raise ConfigError(
+            f"shape {shown(shape)}", "[batch, heads, length, channels of a head]", "give all four"
+        )
+    for size in shape:
+        whole_number("shape with", size, least=1)
+    if dtype not in TYPES:
+        raise ConfigError(f"dtype {shown(str(dtype))}", f"one of {', '.join(map(str, TYPES))}", "correct it")
+    whole_number("rounds", rounds, least=1)
+    device = choose_device(device)
     generator = torch.Generator(device).manual_seed(0)
     query, key, value = (
         torch.randn(shape, device=device, dtype=dtype, generator=generator, requires_grad=True)

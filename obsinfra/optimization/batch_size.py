@@ -24,6 +24,10 @@ FASTER_RATIO = 1.02
 """A larger batch must do so many more rows a second to count as faster: smaller ones train better per row."""
 
 
+MOST_ROWS = 2**40
+"""More than any memory holds; beyond it torch's own numbers of bytes would overflow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tried:
     """One batch size.
@@ -96,8 +100,9 @@ def find_batch_size(
         ConfigError: not even `first` rows fit, or the bounds are none.
     """
     function("step", step, "a function of the number of rows")
-    for name, value in (("first", first), ("last", last), ("rounds", rounds)):
-        whole_number(name, value, least=1)
+    for name, value in (("first", first), ("last", last)):
+        whole_number(name, value, least=1, most=MOST_ROWS)
+    whole_number("rounds", rounds, least=1)
     number("memory_share", memory_share, above=0, most=1)
     if limit_bytes is not None:
         whole_number("limit_bytes", limit_bytes, least=1)

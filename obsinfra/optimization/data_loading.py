@@ -34,6 +34,9 @@ from obsinfra.optimization.loading_plan import LoadingPlan, Wishes, plan_loading
 from obsinfra.optimization.precision import choose_device
 from obsinfra.optimization.reclaimable import PREFETCH_ORDER, register_reclaimable
 
+MOST_WORKERS = 1024
+"""Processes; more are a slip of the finger that would take the host down."""
+
 
 @runtime_checkable
 class SharedOut(Protocol):
@@ -92,7 +95,7 @@ def create_memory_efficient_dataloader(
     seed = whole_number("seed", seed, error=DataError)
     max_skipped = whole_number("max_skipped", max_skipped, least=0, error=DataError)
     if num_workers is not None:
-        num_workers = whole_number("num_workers", num_workers, least=0, error=DataError)
+        num_workers = whole_number("num_workers", num_workers, least=0, most=MOST_WORKERS, error=DataError)
     if prefetch is not None:
         prefetch = whole_number("prefetch", prefetch, least=1, error=DataError)
     if pin_memory is not None:
@@ -129,6 +132,12 @@ def create_memory_efficient_dataloader(
             raise DataError(
                 f"a {type(dataset).__name__} without __len__ and __getitem__",
                 "a data set with both, or an IterableDataset",
+            )
+        if isinstance(dataset, Mapping) and 0 not in dataset:
+            raise DataError(
+                f"a {type(dataset).__name__} with keys {shown(list(dataset)[:3])}",
+                "records by number from 0",
+                "list(records.values())",
             )
         if len(dataset) < (batch_size if drop_last else 1):
             raise DataError(f"{len(dataset)} records give no batch of {batch_size}", "one batch or more")
@@ -304,19 +313,25 @@ class MemoryEfficientDataLoader:
             )
         self.epoch, self._delivered, self.ledger.in_epoch = epoch, delivered, skipped
         self._stream_state = state.get("stream")
-        if self._stream_state is not None and state["workers"] != self._planned_workers():
-            if self._wishes.workers is not None:
-                raise DataError(
-                    f"a stream that was read by {state['workers']} workers and is to go on with "
-                    f"{self._wishes.workers}",
-                    "the same number within an epoch",
-                    f"num_workers={state['workers']}, or None",
-                )
-            workers = int(state["workers"])
-            prefetch = self._wishes.prefetch or 2
-            pin = bool(self._wishes.pin_memory)
-            self._plan = LoadingPlan(workers, prefetch if workers else 0, pin, reason="as when it was saved")
+        if self._stream_state is not None:
+            self._go_on_with(
+                whole_number("a data position with workers", state.get("workers"), least=0, error=DataError)
+            )
         self._continue = True
+
+    def _go_on_with(self, workers: int) -> None:
+        """A stream goes on with the workers it had."""
+        if workers == self._planned_workers():
+            return
+        if self._wishes.workers is not None:
+            raise DataError(
+                f"a stream that was read by {workers} workers and is to go on with {self._wishes.workers}",
+                "the same number within an epoch",
+                f"num_workers={workers}, or None",
+            )
+        prefetch = self._wishes.prefetch or 2
+        pin = bool(self._wishes.pin_memory)
+        self._plan = LoadingPlan(workers, prefetch if workers else 0, pin, reason="as when it was saved")
 
     def _planned_workers(self) -> int | None:
         return self._plan.workers if self._plan is not None else self._wishes.workers
@@ -405,9 +420,18 @@ class MemoryEfficientDataLoader:
                 timeout=self._timeout_seconds if workers else 0,
                 snapshot_every_n_steps=1 if self._streams else None,
             )
-        if state is not None:
+        ended = getattr(self.dataset, "workers_ended", None)
+        if state is None:
+            return _Engine(loader, ended)
+        try:
             loader.load_state_dict(state)
-        return _Engine(loader, getattr(self.dataset, "workers_ended", None))
+            return _Engine(loader, ended)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"a stream's position that cannot be gone on from: {error}"[:300],
+                "what state_dict() returned",
+                "start a new run, or resume from another checkpoint",
+            ) from error
 
 
 class _Sized(MemoryEfficientDataLoader):

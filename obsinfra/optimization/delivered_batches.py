@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from obsinfra.errors import UserError
+from obsinfra.errors import DataError, UserError
 from obsinfra.optimization.datasets.skipping import CorruptRecord, Skipped
 
 Collate = Callable[[Any], Any]
@@ -71,7 +71,7 @@ class IndexedSource(Dataset[Delivery]):
         self, dataset: Any, collate: Collate | None, corrupt_errors: tuple[type[Exception], ...]
     ) -> None:
         self._dataset, self._corrupt_errors = dataset, corrupt_errors
-        self._collate = collate or default_collate
+        self._collate = collate or _batch_of
         self._whole: Callable[[list[int]], Any] | None = None
         if collate is None and isinstance(dataset, Dataset) and hasattr(dataset, "take"):
             self._whole = dataset.take
@@ -126,7 +126,7 @@ class StreamSource(IterableDataset[Delivery]):
             made = self._dataset.batches(self._batch_size, drop_last=self._drop_last)
             return StreamDeliveries(made, None, 1, True)
         return StreamDeliveries(
-            iter(self._dataset), self._collate or default_collate, self._batch_size, self._drop_last
+            iter(self._dataset), self._collate or _batch_of, self._batch_size, self._drop_last
         )
 
 
@@ -220,6 +220,18 @@ def random_states_kept() -> Iterator[None]:
         torch.set_rng_state(before[0])
         np.random.set_state(before[1])
         random.setstate(before[2])
+
+
+def _batch_of(records: Any) -> Any:
+    """Torch's own collation, whose refusal says what to do."""
+    try:
+        return default_collate(records)
+    except (TypeError, RuntimeError) as error:
+        raise DataError(
+            f"records that torch cannot make a batch of: {error}"[:300],
+            "tensors of one shape, arrays, numbers or text, also in lists and dicts",
+            "collate=, a function that makes a batch of a list of records",
+        ) from error
 
 
 def _told(index: int, error: Exception) -> Skipped:

@@ -6,7 +6,6 @@ they are put together, logged and exported. For several ranks the trainer wraps 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast, get_args
@@ -35,6 +34,7 @@ from obsinfra.optimization.flops import Flops, Utilization, count_flops
 from obsinfra.optimization.fused_optimizers import create_optimizer, sparse_weights
 from obsinfra.optimization.inference import InferenceModel, optimize_for_inference
 from obsinfra.optimization.memory_layout import Layout, WantedLayout, choose_layout
+from obsinfra.optimization.model_checks import check_has_values, check_loss, copied
 from obsinfra.optimization.precision import CountingScaler, Precision, choose_devices, choose_precision
 from obsinfra.optimization.wrapping import Compression, Parallel, Wrapping, device_of_rank, local_rank
 
@@ -108,7 +108,7 @@ class GpuOptimizer:
             RanksDifferError: another rank has another model, or cannot wrap its own.
         """
         self._wrapping.check_group()
-        _check_model(model)
+        check_has_values(model)
         if loss is not None:
             function("loss", loss, "lambda model: loss_of(model(inputs))")
         model = model.to(self.device)
@@ -266,7 +266,6 @@ class GpuOptimizer:
         Raises:
             ConfigError: not even the smallest batch fits, a bound that is none, or ranks share the model.
         """
-        _check_model(model)
         function("loss", loss, "lambda model, rows: loss_of(model(inputs[:rows]))")
         if self._wrapping.on:
             raise ConfigError(
@@ -274,7 +273,7 @@ class GpuOptimizer:
                 "a model that this process can copy and train alone",
                 "find it with an optimizer of its own, made without parallel",
             )
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         self._note_sparse(twin)
         optimizer = self.create_optimizer(twin.parameters(), kind)
         scaler = self.precision.scaler()
@@ -282,7 +281,7 @@ class GpuOptimizer:
         def step(rows: int) -> None:
             optimizer.zero_grad(set_to_none=True)  # first: a step that ran out of memory left some behind
             with self.autocast():
-                result = loss(twin, rows)
+                result = check_loss(loss(twin, rows))
             scaler.scale(result).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
@@ -341,7 +340,11 @@ class GpuOptimizer:
                 "a whole one",
                 "load its checkpoint into a model of one process",
             )
-        _check_model(model)
+        check_has_values(model)
+        if any(leaf.is_meta for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)):
+            raise ConfigError(
+                "an example on the meta device, without values", "inputs with values", "torch.ones(…)"
+            )
         example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), example)
         made = optimize_for_inference(model.to(self.device), example, **options)
         if self._monitor is not None:
@@ -380,7 +383,7 @@ class GpuOptimizer:
     def _autocasting(self, loss: Loss) -> Loss:
         def run(model: nn.Module) -> Tensor:
             with self.autocast():
-                return loss(model)
+                return check_loss(loss(model))
 
         return run
 
@@ -394,23 +397,6 @@ class GpuOptimizer:
         if flops is None:
             return Utilization(None, f"{reason}, which has no native {self.precision.name}")
         return Utilization(flops, reason)
-
-
-def _check_model(model: object) -> None:
-    """Refuse what cannot be put onto a device: no module, or one without values.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"a model {shown(model)}", "an nn.Module", "give the model itself")
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    if name := next((name for name, tensor in tensors if tensor.is_meta), None):
-        raise ConfigError(
-            f"a {type(model).__name__} whose {name} is on the meta device, without values",
-            "a model with values",
-            "model.to_empty(device='cpu') and initialise or load it before",
-        )
 
 
 def create_gpu_optimizer(

@@ -5,7 +5,6 @@ Called through `gpu_optimizer`, or alone. The engines themselves are in `inferen
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.optimization.arguments import number, shown, whole_number
 from obsinfra.optimization.inference_engines import ENGINES, EngineRefused
+from obsinfra.optimization.model_checks import copied
 from obsinfra.optimization.timing import wait_for_device
 
 EAGER = "eager"
@@ -157,13 +157,11 @@ def optimize_for_inference(
         ConfigError: an unknown engine, none of those named takes the model (it says why for each), the model
             does not run on the example, or a value out of its range.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"a model {shown(model)}", "an nn.Module", "give the model itself")
     whole_number("calls", calls, least=1)
     number("seconds", seconds, above=0)
     if tolerance is not None:
         number("tolerance", tolerance, least=0)
-    if isinstance(engines, str) or not (engines is None or engines):
+    if engines is not None and not (isinstance(engines, (list, tuple)) and engines):
         raise ConfigError(
             f"engines {shown(engines)}", f"a list of {', '.join(ENGINES)}, or None", "leave it out for all"
         )
@@ -176,8 +174,13 @@ def optimize_for_inference(
         raise ConfigError(f"inference engine {unknown[0]!r}", f"one of {', '.join(ENGINES)}", "correct it")
     temporary = tempfile.TemporaryDirectory(prefix="obsinfra-inference-") if folder is None else None
     place = Path(temporary.name) if temporary else Path(folder or ".")
-    place.mkdir(parents=True, exist_ok=True)
-    original = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"folder {str(place)!r}: {error.strerror}", "a folder, or None", "name another"
+        ) from error
+    original = copied(model).eval().requires_grad_(False)
     shapes = _dynamic(args) if dynamic_batch else None
     device = _device(original, args)
     expected = _eager(original, args)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from obsinfra.optimization.model_checks import copied
 from obsinfra.optimization.timing import time_in_turns
 
 WantedLayout = bool | Literal["auto", "rule"]
@@ -80,7 +80,7 @@ def _measured(model: nn.Module, device: torch.device, loss: Callable[[nn.Module]
 
         return step
 
-    first, last = copy.deepcopy(model), copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    first, last = copied(model), copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         times = time_in_turns({"first": step_of(first), "last": step_of(last)}, device)
     speedup = times["first"].median / times["last"].median

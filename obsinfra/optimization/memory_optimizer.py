@@ -29,6 +29,7 @@ from obsinfra.optimization.leak_detection import Growing, LeakDetector, LeakWatc
 from obsinfra.optimization.memory_advice import Recommendation, memory_info, recommendations
 from obsinfra.optimization.memory_profiler import MemoryProfile, MemoryProfiler
 from obsinfra.optimization.micro_batching import MicroBatching, Share
+from obsinfra.optimization.model_checks import check_module
 from obsinfra.optimization.oom_recovery import (
     Agreement,
     LoggedTelemetry,
@@ -164,8 +165,7 @@ class MemoryOptimizer:
             ConfigError: it is no module, has lazy buffers, or its activations cannot be recomputed block by
                 block.
         """
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"a model {shown(model)}", "an nn.Module", "give the model itself")
+        check_module(model)
         if self.recovers and any(is_lazy(buffer) for buffer in model.buffers()):
             raise ConfigError(
                 f"a {type(model).__name__} with lazy buffers, whose values before a step cannot be noted",

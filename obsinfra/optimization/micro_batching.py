@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from obsinfra.errors import CheckpointError
+from obsinfra.errors import CheckpointError, ConfigError
+from obsinfra.optimization.arguments import whole_number
 
 GROW_AFTER_STEPS = 200
 """Steps without a failure before twice the rows are tried: a failed try costs one step."""
@@ -138,13 +139,18 @@ class MicroBatching:
         """
         try:
             asked, limit = state["asked"], state["limit"]
-            numbers = [int(state[name]) for name in ("whole", "clean_steps", "wait_steps")]
+            numbers = [
+                whole_number(name, state[name], least=0) for name in ("whole", "clean_steps", "wait_steps")
+            ]
             grown = bool(state["grown"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the saved micro-batch size {dict(state)!r}: {error!r}") from error
+            limit = None if limit is None else whole_number("limit", limit, least=1)
+        except (KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"the saved micro-batch size {state!r:.300}: {error!r}", "what state_dict() returned"
+            ) from error
         if asked != self._asked:
             return
-        self.limit = None if limit is None else int(limit)
+        self.limit = limit
         self._whole, self._clean_steps, self._wait_steps = numbers
         self._grown = grown
 

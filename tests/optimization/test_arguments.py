@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from obsinfra import create_gpu_optimizer, create_memory_optimizer
 from obsinfra.errors import UserError
+from obsinfra.optimization.activation_checkpointing import checkpoint_activations
+from obsinfra.optimization.attention_kernels import measure_attention
 from obsinfra.optimization.data_loading import create_memory_efficient_dataloader
-from obsinfra.optimization.datasets import MappedBytes, csv_rows
+from obsinfra.optimization.datasets import MappedArrays, MappedBytes, ParquetRows, csv_rows, hdf5_rows
+from obsinfra.optimization.micro_batching import MicroBatching
 
 CPU = create_gpu_optimizer(device="cpu", mixed_precision=False)
 LINE = nn.Linear(2, 1)
@@ -162,6 +166,44 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: CPU.optimize_for_inference(LINE, torch.ones(1, 2), tolerance=math.nan), "tolerance nan",
     ),
     "keep nowhere": (lambda: CPU.optimize_for_inference(LINE, torch.ones(1, 2), folder=3), "folder 3"),
+    "serve without values": (
+        lambda: CPU.optimize_for_inference(LINE, torch.ones(1, 2, device="meta")), "an example on the meta",
+    ),
+    "serve what has no shapes yet": (
+        lambda: CPU.optimize_for_inference(nn.LazyLinear(2), torch.ones(1, 2)), "with lazy parameters",
+    ),
+    "serve what cannot be copied": (
+        lambda: CPU.optimize_for_inference(Keeps(), torch.ones(1, 2)), "a Keeps that cannot be copied",
+    ),
+    "keep in a file": (
+        lambda: CPU.optimize_for_inference(LINE, torch.ones(1, 2), folder=Path(__file__)), "File exists",
+    ),
+    "batch of what cannot be copied": (lambda: CPU.find_batch_size(Keeps(), sum_of), "cannot be copied"),
+    "batch of more rows than bytes": (
+        lambda: CPU.find_batch_size(LINE, sum_of, last=10**30), "up to 1099511627776",
+    ),
+    "batch with a loss of its own": (
+        lambda: CPU.find_batch_size(LINE, lambda model, rows: None), "a loss None",  # type: ignore[arg-type,return-value]
+    ),
+    "batch with a loss per row": (
+        lambda: CPU.find_batch_size(LINE, lambda model, rows: model(torch.ones(3, 2)), first=3),
+        "a loss of shape [3, 1], with a gradient",
+    ),
+    "batch that learns nothing": (
+        lambda: CPU.find_batch_size(LINE, lambda model, rows: torch.ones(())), "a loss of shape [], without",
+    ),
+    "layout by no loss": (
+        lambda: CPU.optimize_model(nn.Conv2d(1, 1, 1), loss=lambda model: None), "a loss None",  # type: ignore[arg-type,return-value]
+    ),
+    "recompute every none": (lambda: checkpoint_activations(nn.ModuleList([LINE]), every=0), "every 0"),
+    "recompute nothing": (lambda: checkpoint_activations(None), "a model None"),  # type: ignore[arg-type]
+    "attention of two": (lambda: attention((1, 2)), "shape (1, 2)"),
+    "attention of no rows": (lambda: attention((1, 2, 0, 4)), "shape with 0"),
+    "attention of whole numbers": (lambda: attention((1, 2, 3, 4), torch.int64), "dtype 'torch.int64'"),
+    "attention in no rounds": (lambda: attention((1, 2, 3, 4), rounds=0), "rounds 0"),
+    "attention in eight bits": (
+        lambda: attention((1, 2, 3, 4), torch.float8_e4m3fn), "float8_e4m3fn'; expected one of torch.float16",
+    ),
     "train nothing": (lambda: create_memory_optimizer().optimize_for_training(None), "a model None"),  # type: ignore[arg-type]
     "train what has no shapes yet": (
         lambda: create_memory_optimizer().optimize_for_training(nn.LazyBatchNorm1d()), "with lazy buffers",
@@ -170,7 +212,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: CPU.create_optimizer(nn.LazyLinear(2).parameters()), "parameters without a shape",
     ),
     "batch of what has no shapes yet": (
-        lambda: CPU.find_batch_size(nn.LazyLinear(2), sum_of), "parameters without a shape",
+        lambda: CPU.find_batch_size(nn.LazyLinear(2), sum_of), "a LazyLinear with lazy parameters",
     ),
     "run no batch": (lambda: memory().run(0, [], len), "batches []"),
     "run a bare batch": (lambda: memory().run(0, torch.ones(8, 2), len), "batches of type Tensor"),
@@ -199,9 +241,66 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a position past the last": (
         lambda: with_position(loader(num_workers=0), delivered=4), "delivered 4",
     ),
+    "records by name": (lambda: loader(dataset={"a": 1.0}), "a dict with keys ['a']"),
+    "a bomb of workers": (lambda: loader(num_workers=10**9), "num_workers 1000000000"),
+    "records of no kind": (lambda: list(loader(dataset=[object()], num_workers=0)), "cannot make a batch of"),
+    "records that are none": (lambda: list(loader(dataset=[None], num_workers=0)), "cannot make a batch of"),
+    "records of two shapes": (
+        lambda: list(loader(dataset=[torch.ones(2), torch.ones(3)], batch_size=2, num_workers=0)),
+        "stack expects each tensor to be equal size",
+    ),
+    "a stream's records of no kind": (
+        lambda: list(loader(dataset=Items([object()]), num_workers=0)), "cannot make a batch of",
+    ),
+    "a stream's position of another kind": (lambda: go_on(stream={"x": 1}), "that cannot be gone on from"),
+    "a stream's position without workers": (lambda: go_on(workers=None, num_workers=None), "workers None"),
+    "a size that is none": (lambda: MicroBatching().load_state_dict(None), "size None"),  # type: ignore[arg-type]
+    "a size below one": (lambda: with_size(limit=-3), "limit -3"),
+    "a size in words": (lambda: with_size(whole="x"), "whole 'x'"),
+    "columns in letters": (lambda: csv_rows(__file__, "open"), "columns 'open'"),
+    "columns by number": (lambda: csv_rows(__file__, [3]), "columns [3]"),  # type: ignore[list-item]
+    "rows of nothing": (lambda: csv_rows(None), "path None"),  # type: ignore[arg-type]
+    "chunks of nothing": (lambda: hdf5_rows(None), "path None"),  # type: ignore[arg-type]
+    "arrays of nothing": (lambda: MappedArrays(None), "a file None"),  # type: ignore[arg-type]
+    "bytes of nothing": (lambda: MappedBytes(None, 8), "path None"),  # type: ignore[arg-type]
+    "groups of nothing": (lambda: ParquetRows(None), "a file None"),  # type: ignore[arg-type]
+    "groups of a number": (lambda: ParquetRows([3]), "a file 3"),  # type: ignore[list-item]
     "windows of half a byte": (lambda: MappedBytes(__file__, 0.5), "window 0.5"),  # type: ignore[arg-type]
     "no stride": (lambda: MappedBytes(__file__, 8, 0), "stride 0"),
 }  # fmt: skip
+
+
+class Keeps(nn.Linear):
+    """Has the result of a computation among its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+        self.kept = self.weight * 2
+
+
+class Items(IterableDataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def attention(shape: Any, dtype: torch.dtype = torch.float32, rounds: int = 1) -> Any:
+    return measure_attention(shape, torch.device("cpu"), dtype, rounds=rounds)
+
+
+def go_on(num_workers: int | None = 0, **changed: Any) -> None:
+    """A stream from a position that was changed."""
+    first = loader(dataset=Items([1.0, 2.0, 3.0]), num_workers=0)
+    next(iter(first))
+    second = loader(dataset=Items([1.0, 2.0, 3.0]), num_workers=num_workers)
+    second.load_state_dict({**first.state_dict(), **changed})
+    list(second)
+
+
+def with_size(**changed: Any) -> None:
+    MicroBatching().load_state_dict({**MicroBatching().state_dict(), **changed})
 
 
 def with_position(made: Any, **changed: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from obsinfra.errors import DataError
-from obsinfra.optimization.arguments import shown
+from obsinfra.optimization.arguments import file_path, shown
 from obsinfra.optimization.datasets.row_blocks import Block, BlockedRows, Column
 
 ROWS_PER_BLOCK = 256
@@ -49,8 +49,14 @@ def csv_rows(
         raise DataError(
             f"delimiter {shown(delimiter)}", "one character, no quotation mark or line end", "correct it"
         )
+    if isinstance(columns, str) or not all(isinstance(name, str) for name in columns or ()):
+        raise DataError(
+            f"columns {shown(columns)}", "a list of names, or a dict of types by name", '["open"]'
+        )
     types = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, float) if columns else None
-    return BlockedRows(_CsvReader(Path(path), types, delimiter), max_cache_bytes)
+    return BlockedRows(
+        _CsvReader(file_path("path", path, error=DataError), types, delimiter), max_cache_bytes
+    )
 
 
 class _CsvReader:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from obsinfra.errors import DataError
+from obsinfra.optimization.arguments import file_path
 from obsinfra.optimization.datasets.row_blocks import Block, BlockedRows
 
 CONTIGUOUS_BLOCK_BYTES = 1 << 20
@@ -37,7 +38,7 @@ def hdf5_rows(
         DataError: h5py is missing, the file is none or cut short, a data set is missing, empty, not numeric,
             or of another length.
     """
-    return BlockedRows(_Hdf5Reader(Path(path), datasets), max_cache_bytes)
+    return BlockedRows(_Hdf5Reader(file_path("path", path, error=DataError), datasets), max_cache_bytes)
 
 
 class _Hdf5Reader:

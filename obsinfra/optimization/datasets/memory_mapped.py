@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from obsinfra.errors import DataError
-from obsinfra.optimization.arguments import whole_number
+from obsinfra.optimization.arguments import file_path, whole_number
 from obsinfra.optimization.reclaim import resident_bytes
 from obsinfra.optimization.reclaimable import DATASET_CACHE_ORDER, register_reclaimable
 
@@ -37,7 +37,9 @@ class MappedArrays(Dataset[Any]):
     def __init__(self, files: str | Path | Mapping[str, str | Path]) -> None:
         self._single = not isinstance(files, Mapping)
         named = files if isinstance(files, Mapping) else {"": files}
-        self._paths = {name: Path(path).resolve() for name, path in named.items()}
+        self._paths = {
+            name: file_path("a file", path, error=DataError).resolve() for name, path in named.items()
+        }
         self._arrays = {name: _mapped_array(path) for name, path in self._paths.items()}
         lengths = {str(path): len(self._arrays[name]) for name, path in self._paths.items()}
         if not lengths or len(set(lengths.values())) > 1 or not min(lengths.values()):
@@ -87,7 +89,11 @@ class MappedBytes(Dataset[Tensor]):
         whole_number("window", window, least=1, error=DataError)
         if stride is not None:
             whole_number("stride", stride, least=1, error=DataError)
-        self.path, self.window, self.stride = Path(path).resolve(), window, stride or window
+        self.path, self.window, self.stride = (
+            file_path("path", path, error=DataError).resolve(),
+            window,
+            stride or window,
+        )
         try:
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from obsinfra.errors import DataError
+from obsinfra.optimization.arguments import file_path
 from obsinfra.optimization.data_order import derived_seed
 from obsinfra.optimization.datasets.skipping import Skipped
 
@@ -299,9 +300,9 @@ def _check(path: Path, schema: Any, columns: Sequence[str]) -> None:
 
 
 def _files(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    given = [files] if isinstance(files, (str, Path)) else list(files)
+    given = list(files) if isinstance(files, (list, tuple)) else [files]
     found: list[Path] = []
-    for path in map(Path, given):
+    for path in (file_path("a file", one, error=DataError) for one in given):
         if path.is_dir():
             found += sorted(path.glob("*.parquet"))
         elif path.is_file():
@@ -309,7 +310,7 @@ def _files(files: str | Path | Sequence[str | Path]) -> list[Path]:
         else:
             raise DataError(f"no Parquet data at {path}", "a file or a folder of .parquet files")
     if not found:
-        raise DataError(f"no .parquet file in {', '.join(map(str, given))}", "one or more")
+        raise DataError(f"no .parquet file in {', '.join(map(str, given)) or 'an empty list'}", "one or more")
     return [path.resolve() for path in found]
 
 
