@@ -28,6 +28,7 @@ from obsinfra.optimization.delivered_batches import (
     IndexedSource,
     StreamSource,
     batch_bytes,
+    method_of,
     random_states_kept,
 )
 from obsinfra.optimization.loading_plan import LoadingPlan, Wishes, plan_loading, usable_processors
@@ -213,8 +214,9 @@ class MemoryEfficientDataLoader:
             self._set_epoch()
             with random_states_kept():
                 self._plan = plan_loading(self._trial, self._wishes)
-            if self._plan.workers and hasattr(self.dataset, "forget"):
-                self.dataset.forget()  # what measuring has left in this process's cache, workers cannot use
+            forget = method_of(self.dataset, "forget")
+            if self._plan.workers and forget is not None:
+                forget()  # what measuring has left in this process's cache, workers cannot use
             get_logger("performance").info(
                 "data_loading_planned",
                 workers=self._plan.workers,
@@ -378,13 +380,13 @@ class MemoryEfficientDataLoader:
 
     def cache_use(self) -> CacheUse | None:
         """What the data set's cache did, in all processes; None where it has none."""
-        use = getattr(self.dataset, "cache_use", None)
+        use = method_of(self.dataset, "cache_use")
         return use() if use is not None else None
 
     # ---- the engine ----------------------------------------------------------------------------
 
     def _set_epoch(self) -> None:
-        set_epoch = getattr(self.dataset, "set_epoch", None)
+        set_epoch = method_of(self.dataset, "set_epoch")
         if set_epoch is not None:
             set_epoch(self.epoch)
 
@@ -420,7 +422,7 @@ class MemoryEfficientDataLoader:
                 timeout=self._timeout_seconds if workers else 0,
                 snapshot_every_n_steps=1 if self._streams else None,
             )
-        ended = getattr(self.dataset, "workers_ended", None)
+        ended = method_of(self.dataset, "workers_ended")
         if state is None:
             return _Engine(loader, ended)
         try:

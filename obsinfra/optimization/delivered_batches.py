@@ -73,8 +73,9 @@ class IndexedSource(Dataset[Delivery]):
         self._dataset, self._corrupt_errors = dataset, corrupt_errors
         self._collate = collate or _batch_of
         self._whole: Callable[[list[int]], Any] | None = None
-        if collate is None and isinstance(dataset, Dataset) and hasattr(dataset, "take"):
-            self._whole = dataset.take
+        take = method_of(dataset, "take") if isinstance(dataset, Dataset) else None
+        if collate is None and take is not None:
+            self._whole = take
         elif hasattr(dataset, "__getitems__"):
             self._whole = self._collated
 
@@ -122,8 +123,9 @@ class StreamSource(IterableDataset[Delivery]):
         self._collate = collate
 
     def __iter__(self) -> StreamDeliveries:
-        if self._collate is None and hasattr(self._dataset, "batches"):
-            made = self._dataset.batches(self._batch_size, drop_last=self._drop_last)
+        batches = method_of(self._dataset, "batches")
+        if self._collate is None and batches is not None:
+            made = batches(self._batch_size, drop_last=self._drop_last)
             return StreamDeliveries(made, None, 1, True)
         return StreamDeliveries(
             iter(self._dataset), self._collate or _batch_of, self._batch_size, self._drop_last
@@ -182,6 +184,12 @@ class StreamDeliveries:
             return
         for _ in range(self._taken):
             next(self._items, _END)
+
+
+def method_of(dataset: Any, name: str) -> Callable[..., Any] | None:
+    """What a data set may offer to the loader; None where it has none, or the name means something else."""
+    found = getattr(dataset, name, None)
+    return found if callable(found) else None
 
 
 def batch_bytes(batch: Any) -> int:
