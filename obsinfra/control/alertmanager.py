@@ -147,6 +147,11 @@ class Alertmanager:
         """
         self._ask("GET", "/-/ready")
 
+    def started(self) -> datetime:
+        """When it was started, UTC. It had forgotten all alerts then, but not the silences."""
+        with self._understood():
+            return _moment(self._json("GET", "/api/v2/status")["uptime"])
+
     def receivers(self) -> frozenset[str]:
         """Names of the receivers of its configuration."""
         with self._understood():

@@ -51,6 +51,10 @@ INSTALL_HINT = (
 )
 
 RETENTION = "15d"
+RESEND = "10s"
+"""How often Prometheus repeats to Alertmanager what fires. What fires in its first seconds, in which it knows
+no Alertmanager, is heard with the repetition; so is all that a killed Alertmanager has forgotten. An alert
+counts as resolved once it was not repeated for four times as long."""
 READY_SECONDS = 60.0
 GIVE_UP_RESTARTS = 3
 DOWN_SECONDS = 20.0
@@ -247,6 +251,7 @@ class NativeStack:
             f"--web.listen-address={in_url(host)}:{ports.prometheus}",
             f"--web.external-url={urls['prometheus']}",
             "--enable-feature=exemplar-storage",
+            f"--rules.alert.resend-delay={RESEND}",
         ]
         return [
             Program("sidecar", sidecar_arguments, ports.sidecar, urls["sidecar"], "/healthz"),

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +20,7 @@ from waiting import wait_for
 
 from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.alerts import ALERTS
+from obsinfra.control.alertmanager import Alertmanager, AlertmanagerError
 from obsinfra.deployment import native_stack
 from obsinfra.deployment.native_stack import NativeStack, StackInfo
 from obsinfra.deployment.ports import StackPorts
@@ -142,6 +144,25 @@ def test_data_and_token_outlive_a_restart_of_the_stack(stack: NativeStack, runs:
     info = up(stack, runs)
     assert not info.already_up
     assert info.token_file.read_text() == token
+
+
+@needs_stack
+def test_alertmanager_is_soon_told_what_fires_since_the_first_moment(stack: NativeStack, runs: Path) -> None:
+    """Prometheus knows no Alertmanager in its first seconds, and a killed Alertmanager has forgotten all."""
+    info = up(stack, runs)
+    asked = Alertmanager(info.alertmanager_url)
+
+    def told() -> bool:
+        with suppress(AlertmanagerError):
+            return "Watchdog" in {alert.labels["alertname"] for alert in asked.alerts()}
+        return False
+
+    wait_for(told, "Alertmanager is told of what fires always", 40)
+    running = info.children["alertmanager"].process
+    assert running is not None
+    os.kill(running.pid, signal.SIGKILL)
+    wait_for(lambda: not told(), "it is gone")
+    wait_for(told, "it is told again", 40)
 
 
 @needs_stack
