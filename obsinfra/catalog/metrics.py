@@ -254,7 +254,9 @@ GROWING_TENSOR_BYTES = _gauge(
     "Bytes of tensors of a kind (shape, type, device) there were more of at each of the last looks.",
 )
 GC_COLLECTIONS = _counter(
-    "gc_collections", "Collections of Python's garbage between two steps, by generation.", "generation"
+    "gc_collections",
+    "Collections of Python's garbage between two steps (--gc boundary), by generation.",
+    "generation",
 )
 GC_SECONDS = _counter("gc_seconds", "Time the loop waited for them.", "generation")
 MICRO_BATCH_ROWS = _gauge("micro_batch_rows", "Rows of one forward and backward pass at most.")

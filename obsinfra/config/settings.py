@@ -158,9 +158,9 @@ class Settings(BaseModel):
         ge=0,
         le=100,
     )
-    gc: Literal["boundary", "python"] = _setting(
-        "boundary",
-        "When Python collects garbage: boundary (between two steps) or python (anywhere).",
+    gc: Literal["python", "boundary"] = _setting(
+        "python",
+        "When Python collects garbage: python (anywhere) or boundary (between two steps).",
         group="Hardware",
     )
     leak_check_steps: int = _setting(

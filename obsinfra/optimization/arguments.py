@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from pathlib import Path
 
 from obsinfra.errors import ConfigError, UserError
@@ -15,7 +15,7 @@ from obsinfra.errors import ConfigError, UserError
 
 def shown(value: object) -> str:
     """A value as a message has it: itself if it is short, else what it is."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, type)):
+    if value is None or isinstance(value, (Number, str, bytes, list, tuple, dict, type)):
         try:
             text = repr(value)
         except ValueError:  # more digits than Python prints

@@ -54,7 +54,7 @@ def create_memory_optimizer(
     oom_recovery: bool = True,
     micro_batch: int | None = None,
     splittable: bool = True,
-    gc: Literal["boundary", "python"] = "boundary",
+    gc: Literal["python", "boundary"] = "python",
     gradient_checkpointing: bool = False,
     leak_check_steps: int = 0,
     profile: bool = True,
@@ -69,7 +69,7 @@ def create_memory_optimizer(
         oom_recovery: do a step that ran out of memory again in smaller micro-batches.
         micro_batch: rows of one forward pass at most, from the start; None: whole batches.
         splittable: False where a batch's loss is not the mean over its rows; its batches are never cut.
-        gc: when Python's garbage is collected: between two steps, or anywhere.
+        gc: when Python's garbage is collected: `python`: anywhere; `boundary`: between two steps.
         gradient_checkpointing: have `optimize_for_training` recompute activations block by block.
         leak_check_steps: look for tensors that become more, every so many steps; 0: never.
         profile: False makes every `memory_profiler` block free.
@@ -82,7 +82,7 @@ def create_memory_optimizer(
     number("max_memory_percent", max_memory_percent, least=0, most=100)
     if micro_batch is not None:
         micro_batch = whole_number("micro_batch", micro_batch, least=1)
-    one_of("gc", gc, ("boundary", "python"))
+    one_of("gc", gc, ("python", "boundary"))
     whole_number("leak_check_steps", leak_check_steps, least=0)
     for name, value in (
         ("oom_recovery", oom_recovery),

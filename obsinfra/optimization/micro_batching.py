@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
     Attributes:
         batch: rows of a batch, or a whole one.
-        weight: factor of its loss. Those of a step add up to 1: its gradient is the mean over all rows.
+        weight: factor of its loss. Those of a step add up to 1, so that means over rows make that over all.
         rows: how many rows; 0 where nobody had to know.
     """
 

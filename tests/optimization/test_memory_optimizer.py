@@ -155,7 +155,7 @@ def guards() -> int:
 
 def test_a_nested_watching_is_refused_and_leaves_no_thread_behind() -> None:
     before = guards()
-    memory = create_memory_optimizer()
+    memory = create_memory_optimizer(gc="boundary")
     with memory.watching():
         assert guards() == before + 1
         with pytest.raises(ConfigError, match="watching within watching"), memory.watching():

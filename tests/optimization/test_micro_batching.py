@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from obsinfra.errors import CheckpointError
 from obsinfra.optimization.micro_batching import MicroBatching, pieces, rows_of
@@ -64,6 +65,25 @@ def test_a_loss_that_compares_rows_is_never_computed_in_pieces() -> None:
     micro_batching = MicroBatching(2, splittable=False)
     shares = micro_batching.split([torch.ones(8, 1)])
     assert len(shares) == 1 and not micro_batching.can_halve(shares)
+
+
+def test_a_mean_over_tokens_is_kept_by_the_weights_docs_memory_md_has_and_not_by_rows() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 6, 5, dtype=torch.float64)
+    labels = torch.randint(5, (4, 6))
+    labels[0, 1:] = labels[1, 2:] = -100  # padding: the first rows have few tokens
+    whole = cross_entropy(logits.flatten(0, 1), labels.flatten())
+    shares = MicroBatching(2).split([(logits, labels)])
+    by_rows = sum(
+        cross_entropy(some.flatten(0, 1), wanted.flatten()) * weight for (some, wanted), weight, _ in shares
+    )
+    terms = sum(int((labels != -100).sum()) for (_, labels), _, _ in shares)
+    by_terms = sum(
+        cross_entropy(some.flatten(0, 1), wanted.flatten(), reduction="sum") / terms
+        for (some, wanted), _, _ in shares
+    )
+    torch.testing.assert_close(by_terms, whole)
+    assert not torch.allclose(torch.as_tensor(by_rows), whole, rtol=1e-3)
 
 
 def simulate(micro_batching: MicroBatching, room: list[int], rows: int = 64) -> list[int]:

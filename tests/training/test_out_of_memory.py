@@ -355,7 +355,9 @@ def test_host_memory_that_really_runs_out(tmp_path: Path) -> None:
 
 def test_a_training_is_guarded_collects_between_steps_and_finds_its_leak(tmp_path: Path) -> None:
     """All that `MemoryOptimizer` does beside recovery, in the trainer, and nothing of it afterwards."""
-    trainer = regression(tmp_path, inject="leak@0x40", batch_size=8, epochs=4, leak_check_steps=4)
+    trainer = regression(
+        tmp_path, inject="leak@0x40", batch_size=8, epochs=4, leak_check_steps=4, gc="boundary"
+    )
     within: set[tuple[bool, bool]] = set()
     before_forward = trainer.faults.before_forward
 
