@@ -12,6 +12,9 @@ from pathlib import Path
 
 from obsinfra.errors import ConfigError, UserError
 
+LONGEST_SECONDS = 1e9
+"""About thirty years: a wait beyond that is none, and Python's clocks overflow somewhere above."""
+
 
 def shown(value: object) -> str:
     """A value as a message has it: itself if it is short, else what it is."""

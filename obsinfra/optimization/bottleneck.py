@@ -21,7 +21,7 @@ from obsinfra.monitoring.instruments import Instruments
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.recorder import Recorder
 from obsinfra.monitoring.sample import Sample
-from obsinfra.optimization.arguments import number
+from obsinfra.optimization.arguments import LONGEST_SECONDS, number
 
 BOTTLENECKS = ("input", "launch", "compute", "memory")
 """What can bound a training: data that comes too slowly; kernels launched too slowly, or waits for the device
@@ -157,8 +157,8 @@ def monitor_gpu_utilization(
     Raises:
         ConfigError: a duration or an interval that is no finite number above 0.
     """
-    number("duration", duration, above=0)
-    number("interval", interval, above=0)
+    number("duration", duration, above=0, most=LONGEST_SECONDS)
+    number("interval", interval, above=0, most=LONGEST_SECONDS)
     stop = stop or threading.Event()
     sampler = create_gpu_sampler()
     values: dict[tuple[str, str], list[float]] = {}

@@ -18,7 +18,7 @@ from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import DataError, DataWorkerError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
-from obsinfra.optimization.arguments import flag, function, number, shown, whole_number
+from obsinfra.optimization.arguments import LONGEST_SECONDS, flag, function, number, shown, whole_number
 from obsinfra.optimization.data_order import derived_seed, ignore_trainer_signals, trainer_signals_held
 from obsinfra.optimization.datasets.block_cache import CacheUse
 from obsinfra.optimization.datasets.skipping import CorruptRecord, SkipLedger
@@ -37,6 +37,9 @@ from obsinfra.optimization.reclaimable import PREFETCH_ORDER, register_reclaimab
 
 MOST_WORKERS = 1024
 """Processes; more are a slip of the finger that would take the host down."""
+
+MOST_BATCHES_AHEAD = 10_000
+"""Per worker; torch goes through as many places before it gives the first batch."""
 
 
 @runtime_checkable
@@ -98,13 +101,13 @@ def create_memory_efficient_dataloader(
     if num_workers is not None:
         num_workers = whole_number("num_workers", num_workers, least=0, most=MOST_WORKERS, error=DataError)
     if prefetch is not None:
-        prefetch = whole_number("prefetch", prefetch, least=1, error=DataError)
+        prefetch = whole_number("prefetch", prefetch, least=1, most=MOST_BATCHES_AHEAD, error=DataError)
     if pin_memory is not None:
         flag("pin_memory", pin_memory, error=DataError)
     if step_seconds is not None:
         number("step_seconds", step_seconds, least=0, error=DataError)
-    number("timeout_seconds", timeout_seconds, least=0, error=DataError)
-    number("measure_seconds", measure_seconds, least=0, error=DataError)
+    number("timeout_seconds", timeout_seconds, least=0, most=LONGEST_SECONDS, error=DataError)
+    number("measure_seconds", measure_seconds, least=0, most=LONGEST_SECONDS, error=DataError)
     number("max_memory_percent", max_memory_percent, above=0, most=100, error=DataError)
     for name, value in (("shuffle", shuffle), ("drop_last", drop_last), ("random_records", random_records)):
         flag(name, value, error=DataError)

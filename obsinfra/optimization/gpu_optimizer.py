@@ -109,6 +109,8 @@ class GpuOptimizer:
         """
         self._wrapping.check_group()
         check_has_values(model)
+        if not isinstance(name, str):
+            raise ConfigError(f"a model's name {shown(name)}", "text", "correct it")
         if loss is not None:
             function("loss", loss, "lambda model: loss_of(model(inputs))")
         model = model.to(self.device)

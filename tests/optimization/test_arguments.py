@@ -73,12 +73,14 @@ MEMORY = [
 LOADER = [
     ("batch_size", 2.5), ("batch_size", 0), ("batch_size", -1), ("batch_size", None), ("batch_size", "8"),
     ("batch_size", True), ("batch_size", math.nan), ("num_workers", 1.5), ("num_workers", -1),
-    ("num_workers", "2"), ("prefetch", 0), ("prefetch", 0.5), ("pin_memory", "yes"), ("shuffle", "no"),
+    ("num_workers", "2"), ("prefetch", 0), ("prefetch", 0.5), ("prefetch", 10**9),
+    ("pin_memory", "yes"), ("shuffle", "no"),
     ("drop_last", None), ("random_records", 1), ("seed", 1.5), ("seed", None), ("seed", "a"),
     ("step_seconds", -1), ("step_seconds", math.nan), ("step_seconds", "1"), ("measure_seconds", math.inf),
     ("measure_seconds", -1), ("measure_seconds", None), ("timeout_seconds", math.nan),
-    ("timeout_seconds", None), ("max_memory_percent", 0), ("max_memory_percent", math.nan),
-    ("max_memory_percent", "85"), ("max_skipped", -1), ("max_skipped", 0.5), ("collate", 3),
+    ("timeout_seconds", None), ("timeout_seconds", 1e300), ("max_memory_percent", 0),
+    ("max_memory_percent", math.nan), ("max_memory_percent", "85"), ("max_skipped", -1),
+    ("max_skipped", 0.5), ("collate", 3),
     ("corrupt_errors", ValueError), ("corrupt_errors", (3,)), ("corrupt_errors", [ValueError]),
     ("device", "gpu"), ("device", None), ("device", "meta"),
 ]  # fmt: skip
@@ -142,6 +144,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "threads for no step": (lambda: CPU.tune_threads(None), "step None"),  # type: ignore[arg-type]
     "threads in no rounds": (lambda: CPU.tune_threads(lambda: None, rounds=0), "rounds 0"),
     "watch for ever": (lambda: CPU.monitor_gpu_utilization(math.inf), "duration inf"),
+    "watch longer than clocks go": (
+        lambda: CPU.monitor_gpu_utilization(1e300, interval=1e300), "duration 1e+300",
+    ),
+    "a name that is none": (lambda: CPU.optimize_model(nn.Linear(2, 1), []), "a model's name []"),  # type: ignore[arg-type]
     "watch for NaN": (lambda: CPU.monitor_gpu_utilization(math.nan), "duration nan"),
     "watch for text": (lambda: CPU.monitor_gpu_utilization("30"), "duration '30'"),  # type: ignore[arg-type]
     "watch all the time": (lambda: CPU.monitor_gpu_utilization(1, interval=0), "interval 0"),

@@ -147,7 +147,12 @@ WATCH = """
 import json, threading
 from obsinfra.monitoring.recorder import Recorder
 from obsinfra.optimization.bottleneck import monitor_gpu_utilization
-end, kept = threading.Event(), []
+class End(threading.Event):
+    readings = 0  # the watch waits once after each
+    def wait(self, timeout=None):
+        self.readings += 1
+        return super().wait(timeout)
+end, kept, pause = End(), [], threading.Event()
 recorder = Recorder()
 def watch():
     kept.append(monitor_gpu_utilization(600, recorder, mfu=lambda: 0.2, interval=0.01, stop=end))
@@ -162,9 +167,9 @@ globals().update(locals())
 """
 
 AFTER_SOME_READINGS = """
-came = recorder.step + 200
-while recorder.step < came:
-    end.wait(0.01)
+came = end.readings + 3
+while end.readings < came:
+    pause.wait(0.01)
 """
 
 END = """

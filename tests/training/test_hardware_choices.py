@@ -87,7 +87,7 @@ def test_devices_of_several_architectures_are_refused_by_name(monkeypatch: pytes
 def test_one_choice_of_device_is_enough() -> None:
     with pytest.raises(ConfigError, match="beside another choice of device"):
         create_gpu_optimizer([0], device="cpu")
-    with pytest.raises(ConfigError, match="precision 'int4'; expected one of auto, fp32"):
+    with pytest.raises(ConfigError, match="precision 'int4'; expected one of 'auto', 'fp32'"):
         create_gpu_optimizer(device="cpu", mixed_precision="int4")
 
 
