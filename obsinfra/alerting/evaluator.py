@@ -50,7 +50,8 @@ class AlertEvaluator:
     """Evaluates a table of alerts over the present values of their metrics.
 
     A condition must hold at every evaluation for `for_seconds` before its alert fires; one evaluation at
-    which it does not, or at which the series is absent, resolves it. (An increase stays true for its window,
+    which it does not, or at which the series is absent, resolves it; what fires holds as long as its value is
+    beyond the clearing threshold. (An increase stays true for its window,
     also when its series is gone.) Not thread-safe: one owner calls it.
 
     Args:
@@ -94,10 +95,11 @@ class AlertEvaluator:
                 found = series.setdefault(sample_name, [])
                 found.append((tuple(sorted(labels.items())), labels, reading))
         held: dict[tuple[int, LabelKey], AlertStatus] = {}
-        for index, judge in enumerate(self._judges):
+        for index, (alert, judge) in enumerate(zip(self._alerts, self._judges, strict=True)):
             for labels_key, value, crossed in judge.judge(now, series):
-                if crossed:
-                    key = (index, labels_key)
+                key = (index, labels_key)
+                before = self._held.get(key)
+                if crossed or (before is not None and before.fired_at is not None and alert.holds(value)):
                     held[key] = self._advance(key, value, now)
         self._held = held
         while self._unannounced:

@@ -13,10 +13,16 @@ import yaml
 
 from obsinfra.alerting.dashboard_recordings import DASHBOARD_RECORDINGS
 from obsinfra.alerting.dashboard_recordings import GROUP as DASHBOARDS_GROUP
-from obsinfra.alerting.promql import duration, expression, recordings
-from obsinfra.alerting.wording import filled, step_template, summary_template, threshold_text, value_template
+from obsinfra.alerting.promql import duration, expression, recordings, rule_labels
+from obsinfra.alerting.wording import (
+    filled,
+    step_template,
+    summary_template,
+    threshold_text,
+    until_text,
+    value_template,
+)
 from obsinfra.catalog.alerts import ALERTS, Alert
-from obsinfra.catalog.conditions import label_names
 from obsinfra.run.files import write_atomic
 
 GROUP = "obsinfra"
@@ -78,26 +84,12 @@ def _rule(alert: Alert, runbooks: str) -> dict[str, Any]:
         "summary": summary_template(alert),
         "description": alert.description,
         "value": value_template(alert),
-        "threshold": threshold_text(alert),
+        "threshold": threshold_text(alert) + until_text(alert),
         "runbook_url": alert.runbook_url or f"{runbooks}/{alert.name}",
     }
     if alert.scope != "stack":
         rule["annotations"]["step"] = step_template()
     return rule
-
-
-def rule_labels(alert: Alert) -> dict[str, str]:
-    """The labels of the rule: they go on top of its series' own; an empty one takes that away.
-
-    The label `action` asks for an action, of the sidecar and in what people read. A series that has one of
-    its own, because it counts commands, asks for none: its label is called `command` in the alert.
-    """
-    labels: dict[str, str] = {"severity": alert.severity, "scope": alert.scope}
-    if "action" in label_names(alert.condition):
-        labels |= {"command": "{{ $labels.action }}", "action": ""}
-    if alert.action is not None:
-        labels["action"] = alert.action.name
-    return labels
 
 
 def firing_labels(alert: Alert, series: Mapping[str, str]) -> dict[str, str]:

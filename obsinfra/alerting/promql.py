@@ -24,6 +24,7 @@ from obsinfra.catalog.conditions import (
     Slope,
     Value,
     Where,
+    label_names,
 )
 from obsinfra.catalog.metrics import RUN_LABELS, Metric
 
@@ -87,8 +88,36 @@ def recordings(condition: Condition) -> tuple[Recording, ...]:
 
 
 def expression(alert: Alert) -> str:
-    """The whole condition, threshold included."""
-    beyond = f"{alert.comparator} {plain_number(alert.limit)}"
+    """The whole condition, threshold included.
+
+    Where the alert clears at another threshold, what fires already goes on while it is beyond that one:
+    `ALERTS` holds what fired at the evaluation before. A Prometheus that was away for less than five minutes
+    still finds it.
+    """
+    condition = _condition(alert, alert.limit)
+    if alert.clears_at is None:
+        return condition
+    added = ", ".join(("alertname", "alertstate", *rule_labels(alert)))
+    fires = f'ALERTS{{alertname="{alert.name}", alertstate="firing"}}'
+    return f"{condition}\nor {_condition(alert, alert.clear_limit)}\nand ignoring ({added}) {fires}"
+
+
+def rule_labels(alert: Alert) -> dict[str, str]:
+    """The labels of the rule: they go on top of its series' own; an empty one takes that away.
+
+    The label `action` asks for an action, of the sidecar and in what people read. A series that has one of
+    its own, because it counts commands, asks for none: its label is called `command` in the alert.
+    """
+    labels: dict[str, str] = {"severity": alert.severity, "scope": alert.scope}
+    if "action" in label_names(alert.condition):
+        labels |= {"command": "{{ $labels.action }}", "action": ""}
+    if alert.action is not None:
+        labels["action"] = alert.action.name
+    return labels
+
+
+def _condition(alert: Alert, limit: float) -> str:
+    beyond = f"{alert.comparator} {plain_number(limit)}"
     match alert.condition:
         case Value(metric, where):
             return f"{selector(metric, where)} {beyond}"
@@ -109,8 +138,8 @@ def expression(alert: Alert) -> str:
         case Ratio(metric, over, where):
             return f"{selector(metric, where)} / {over.sample_name} {beyond}"
         case Multiple(metric, of, floor, where):
-            limit = f"clamp_min({plain_number(alert.limit)} * {of.sample_name}, {plain_number(floor)})"
-            return f"{selector(metric, where)} {alert.comparator} {limit}"
+            least = f"clamp_min({plain_number(limit)} * {of.sample_name}, {plain_number(floor)})"
+            return f"{selector(metric, where)} {alert.comparator} {least}"
         case RobustZ(metric, sample, window_seconds, record, slack, where):
             series, allowed = selector(metric, where), plain_number(slack)
             return (

@@ -119,14 +119,14 @@ def scenes_of(alert: Alert) -> list[Scene]:
     hold, window = math.ceil(alert.for_seconds / per), math.ceil(window_of(alert.condition) / per)
     match alert.condition:
         case Value(metric):
-            return [_crossing(alert, _series(alert, metric), hold, alert.limit)]
+            return [_crossing(alert, _series(alert, metric), hold)]
         case Ratio(metric, over):
-            scene = _crossing(alert, _series(alert, metric), hold, alert.limit * 1000)
+            scene = _crossing(alert, _series(alert, metric), hold, 1000.0)
             return [_beside(scene, {_series(alert, over): [1000.0]})]
         case Multiple(metric, of, floor):
             return [
                 _beside(
-                    _crossing(alert, _series(alert, metric), hold, max(alert.limit * unit, floor), what),
+                    _crossing(alert, _series(alert, metric), hold, max(unit, floor / alert.limit), what),
                     {_series(alert, of): [unit]},
                 )
                 for what, unit in (
@@ -135,7 +135,7 @@ def scenes_of(alert: Alert) -> list[Scene]:
                 )
             ]
         case AgainstPeers(metric):
-            mine = _crossing(alert, _series(alert, metric), hold, alert.limit)
+            mine = _crossing(alert, _series(alert, metric), hold)
             labels = series_labels(alert)
             peers: dict[str, Values] = {
                 _selected(metric, labels | {"rank": f"peer-{n}"}): [1.0] for n in range(3)
@@ -164,23 +164,35 @@ def scenes_of(alert: Alert) -> list[Scene]:
 # ---- scenes ----------------------------------------------------------------------------------------------
 
 
-def _crossing(alert: Alert, series: str, hold: int, limit: float, what: str = "its value") -> Scene:
-    """At the limit, beyond it until after it fires, at it, beyond it for one evaluation too few, at it."""
+def _crossing(alert: Alert, series: str, hold: int, unit: float = 1.0, what: str = "its value") -> Scene:
+    """At the limit, beyond it until after it fires, at it, beyond it for one evaluation too few, at it.
+
+    Where the alert clears elsewhere: before the second crossing it goes on between the two, ends where it
+    clears, and does not begin again between them.
+
+    Args:
+        unit: the value of the series at which the condition's number is 1.
+    """
+    limit, clear = alert.limit * unit, alert.clear_limit * unit
     step = max(1.0, abs(limit)) * 0.05
     beyond = limit + (step if alert.comparator == ">" else -step)
     over = QUIET + hold + HELD_ON
-    values = _spans((limit, QUIET), (beyond, over - QUIET), (limit, QUIET), (beyond, hold), (limit, QUIET))
-    states: dict[int, str | None] = {
-        QUIET - 1: None,
-        QUIET + hold: "firing",
-        over - 1: "firing",
-        over: None,
-    }
+    spans: list[tuple[float | None, int]] = [(limit, QUIET), (beyond, over - QUIET)]
+    states: dict[int, str | None] = {QUIET - 1: None, QUIET + hold: "firing", over - 1: "firing"}
+    if clear != limit:
+        between = (limit + clear) / 2
+        spans += [(limit, QUIET), (between, QUIET), (clear, QUIET), (between, QUIET)]
+        states |= {over: "firing", over + 2 * QUIET - 1: "firing"}
+        over += 2 * QUIET
+        states |= {over + QUIET: None, over + 2 * QUIET - 1: None}
+    again = over + (QUIET if clear == limit else 2 * QUIET)
+    spans += [(limit, QUIET)] if clear == limit else []
+    spans += [(beyond, hold), (limit, QUIET)]
+    states[over] = None
     if hold:
-        again = over + QUIET
         states |= {QUIET: "pending", QUIET + hold - 1: "pending"}
         states |= {again: "pending", again + hold - 1: "pending", again + hold: None}
-    return Scene(what, {series: values}, states)
+    return Scene(what, {series: _spans(*spans)}, states)
 
 
 def _increase_scenes(alert: Alert, series: str, hold: int, window: int) -> list[Scene]:

@@ -32,7 +32,16 @@ def filled(template: str, labels: Mapping[str, str]) -> str:
 
 def threshold_text(alert: Alert) -> str:
     """The threshold with its unit, as `90 %`."""
-    return f"{plain_number(alert.threshold)} {alert.threshold_unit}".rstrip()
+    return _with_unit(alert, alert.threshold)
+
+
+def until_text(alert: Alert) -> str:
+    """Where a firing alert clears, if that is not its threshold, as `, until 75 %`; else empty."""
+    return "" if alert.clears_at is None else f", until {_with_unit(alert, alert.clears_at)}"
+
+
+def _with_unit(alert: Alert, value: float) -> str:
+    return f"{plain_number(value)} {alert.threshold_unit}".rstrip()
 
 
 def step_template() -> str:

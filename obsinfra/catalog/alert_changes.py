@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from obsinfra.catalog.actions import ACTIONS
 from obsinfra.catalog.alerts import ALERTS, BY_KEY, Alert, Severity
-from obsinfra.catalog.conditions import Always, window_of, with_window
+from obsinfra.catalog.conditions import Always, clears_apart, window_of, with_window
 from obsinfra.errors import ConfigError
 
 LONGEST_SECONDS = 366 * 86_400.0
@@ -50,7 +50,23 @@ def alert_table(
             raise ConfigError(f"alerts.{key} = {fields!r}", f"a table {where}", "write it as a table")
         for field, value in fields.items():
             table[key] = _changed(_row(table, key, "alerts"), field, value, where)
+        if "clear_threshold" in fields:
+            _check_clears(table[key])
     return tuple(alert for alert in table.values() if alert.enabled)
+
+
+def _check_clears(alert: Alert) -> None:
+    """See that the clearing threshold that was set lies where an alert that fires no longer would.
+
+    The table's own gives way to a threshold set beyond it.
+    """
+    if alert.clears_at is None and alert.clear_threshold != alert.threshold:
+        side = "most" if alert.comparator == ">" else "least"
+        raise ConfigError(
+            f"alert {alert.key}.clear_threshold = {alert.clear_threshold:g}",
+            f"at {side} the threshold, {alert.threshold:g}",
+            f"correct it under [alerts.{alert.key}]",
+        )
 
 
 def _row(table: Mapping[str, Alert], key: str, where: str) -> Alert:
@@ -97,6 +113,16 @@ def _with_threshold(alert: Alert, value: Any) -> Alert:
     if isinstance(alert.condition, Always):
         raise ValueError("no threshold here: this alert always fires")
     return replace(alert, threshold=_number(value))
+
+
+def _with_clear_threshold(alert: Alert, value: Any) -> Alert:
+    if not clears_apart(alert.condition):
+        keys = ", ".join(alert.key for alert in ALERTS if clears_apart(alert.condition))
+        raise ValueError(
+            "no clearing threshold here: this alert looks at a window of time or at a number that moves; "
+            f"with one: {keys}"
+        )
+    return replace(alert, clear_threshold=_number(value))
 
 
 def _one_of(value: Any, allowed: tuple[str, ...]) -> Any:
@@ -150,6 +176,7 @@ def _enabled(alert: Alert, value: Any) -> Alert:
 
 CHANGEABLE: dict[str, Callable[[Alert, Any], Alert]] = {
     "threshold": _with_threshold,
+    "clear_threshold": _with_clear_threshold,
     "for_seconds": lambda alert, value: replace(alert, for_seconds=_seconds(value, 0.0)),
     "window_seconds": _with_window,
     "severity": lambda alert, value: replace(alert, severity=_one_of(value, get_args(Severity))),

@@ -46,6 +46,8 @@ class Alert:
         comparator: `>` or `<`.
         threshold: in the unit of `threshold_unit`, as a person writes it (90 for 90 %).
         threshold_unit: unit of `threshold`, for messages.
+        clear_threshold: once firing, the alert goes on until its value is back at this one, in the unit of
+            `threshold`; None, or one beyond `threshold`: until it is back at `threshold` itself.
         scale: factor from `threshold_unit` to the condition's base unit (0.01 for percent → ratio).
         for_seconds: how long the condition must hold before the alert fires.
         severity: `info`, `warning` or `critical`.
@@ -72,11 +74,25 @@ class Alert:
     scale: float = 1.0
     enabled: bool = True
     runbook_url: str | None = None
+    clear_threshold: float | None = None
 
     @property
     def limit(self) -> float:
         """The threshold in the condition's own base unit, free of the product's last-digit noise."""
         return float(f"{self.threshold * self.scale:.12g}")
+
+    @property
+    def clears_at(self) -> float | None:
+        """`clear_threshold` where it keeps the alert firing longer than `threshold` does; else None."""
+        clear = self.clear_threshold
+        if clear is None or (clear >= self.threshold if self.comparator == ">" else clear <= self.threshold):
+            return None
+        return clear
+
+    @property
+    def clear_limit(self) -> float:
+        """What a firing alert's value must be back at, in the condition's own base unit."""
+        return self.limit if self.clears_at is None else float(f"{self.clears_at * self.scale:.12g}")
 
     @property
     def metric(self) -> Metric | None:
@@ -91,6 +107,12 @@ class Alert:
     def crossed(self, value: float) -> bool:
         """Whether `value`, in the condition's base unit, is beyond the threshold. NaN never is."""
         return value > self.limit if self.comparator == ">" else value < self.limit
+
+    def holds(self, value: float) -> bool:
+        """Whether `value`, in the base unit, keeps firing what fires already, beyond the threshold or not."""
+        if self.clears_at is None:
+            return False
+        return value > self.clear_limit if self.comparator == ">" else value < self.clear_limit
 
 
 MINUTE, HOUR = 60.0, 3600.0
@@ -301,6 +323,7 @@ _DEVICE = (
         key="gpu_temperature",
         condition=Value(metrics.GPU_TEMPERATURE_CELSIUS),
         threshold=85.0,
+        clear_threshold=75.0,
         threshold_unit="°C",
         for_seconds=10.0,
         severity="critical",

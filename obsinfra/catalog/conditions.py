@@ -189,6 +189,12 @@ def with_window(condition: Condition, seconds: float) -> Condition:
     return replace(condition, window_seconds=seconds)
 
 
+def clears_apart(condition: Condition) -> bool:
+    """Whether an alert on it may have a clearing threshold of its own: what looks at the present alone, held
+    against one number. A window damps by itself; a `Multiple` is held against a number that moves."""
+    return isinstance(condition, (Value, Ratio, AgainstPeers))
+
+
 def metric_of(condition: Condition) -> Metric | None:
     """The metric judged; None for `Always`."""
     return None if isinstance(condition, Always) else condition.metric

@@ -91,8 +91,8 @@ DEFAULT_POLICY = Policy(
     cool_downs={"stop": 0.0, "pause": 0.0, "resume": 0.0, "profile": 600.0, "memory_snapshot": 600.0,
                 "dump_stacks": 60.0, "scale_lr": 600.0, "rollback": 600.0},
     responses={
-        # First save, then let it cool: the loop goes on as soon as the alert resolves. A device that stays
-        # hot with nothing to do has a fault that training cannot mend.
+        # First save, then let it cool: the loop goes on as soon as the alert resolves, at its clearing
+        # threshold. A device that stays hot with nothing to do has a fault that training cannot mend.
         "HighGPUTemperature": Response(
             escalate=(Step("pause", after_minutes=5.0, undo=True), Step("stop", after_minutes=15.0))
         ),

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from obsinfra.alerting.promql import expression
-from obsinfra.alerting.wording import plain_number, summary_template, threshold_text
+from obsinfra.alerting.wording import plain_number, summary_template, threshold_text, until_text
 from obsinfra.catalog.alert_changes import CHANGEABLE
 from obsinfra.catalog.alerts import ALERTS
 from obsinfra.catalog.conditions import window_of
@@ -100,6 +100,9 @@ def render_alerts_page() -> str:
         'action = "checkpoint"         # or "none"',
         'runbook_url = "https://wiki.example.org/data"',
         "",
+        "[alerts.gpu_temperature]",
+        "clear_threshold = 70          # fires beyond the threshold, goes on until it is back here",
+        "",
         "[alerts.gpu_idle]",
         "enabled = false",
         "```",
@@ -107,6 +110,9 @@ def render_alerts_page() -> str:
         "Then `obsinfra rules write` writes Prometheus's rules; `obsinfra up` and `obsinfra train` read the "
         "settings themselves. “Alone” says that a trainer without Prometheus judges the alert as well. A "
         "summary may name `{threshold}`; summary and description may name labels, as `{{ $labels.run }}`. "
+        "Without `clear_threshold` an alert ends at its threshold; where the table has one, it gives way to "
+        "a threshold set beyond it. Alerts over a window take none, nor do those held against a number that "
+        "moves. "
         "Another metric or expression is a rule of your own: a file beside the generated one in "
         "`prometheus/rules/`.",
         "",
@@ -117,7 +123,9 @@ def render_alerts_page() -> str:
         window = window_of(alert.condition)
         over = f", over {plain_number(window)} s" if window else ""
         meaning = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"‹\1›", summary_template(alert))
-        limit = f" ({alert.comparator} {threshold_text(alert)}{over})" if alert.metric else ""
+        limit = (
+            f" ({alert.comparator} {threshold_text(alert)}{until_text(alert)}{over})" if alert.metric else ""
+        )
         lines.append(
             f"| [{alert.name}](runbooks/{alert.name}.md) | `{alert.key}` | {meaning}{limit} "
             f"| {plain_number(alert.for_seconds)} s | {alert.severity} | {alert.scope} "

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.alerts import Alert
@@ -355,8 +355,10 @@ class Settings(BaseModel):
 
     @field_validator("alerts")
     @classmethod
-    def _known_alerts(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        alert_table({}, value)
+    def _known_alerts(
+        cls, value: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        alert_table(info.data.get("thresholds"), value)  # which a clearing threshold is held against
         return value
 
     @field_validator("policy")

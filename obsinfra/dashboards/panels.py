@@ -30,7 +30,7 @@ from grafana_foundation_sdk.models.xychart import XychartXYSeriesConfigX as XAxi
 from grafana_foundation_sdk.models.xychart import XychartXYSeriesConfigY as YAxis
 
 from obsinfra.alerting.prometheus_rules import RUNBOOKS
-from obsinfra.alerting.wording import threshold_text
+from obsinfra.alerting.wording import threshold_text, until_text
 from obsinfra.catalog.alerts import Alert
 from obsinfra.dashboards.queries import Query
 
@@ -414,7 +414,9 @@ def description(about: str, alerts: Sequence[Alert]) -> str:
     said = [about]
     said += [
         f"[{alert.name}]({RUNBOOKS}/{alert.name}): {alert.severity} when {alert.comparator} "
-        f"{threshold_text(alert)}" + (f" for {alert.for_seconds:g} s" if alert.for_seconds else "")
+        f"{threshold_text(alert)}"
+        + (f" for {alert.for_seconds:g} s" if alert.for_seconds else "")
+        + until_text(alert)
         for alert in alerts
     ]
     return "\n\n".join(said)

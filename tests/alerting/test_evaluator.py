@@ -56,6 +56,22 @@ def test_fires_after_for_seconds_and_resolves_at_the_first_evaluation_below() ->
     assert scene.after(1, 0.8, metric=HELD.metric) == []
 
 
+def test_what_fires_goes_on_until_its_clearing_threshold() -> None:
+    """And what does not fire yet, or no more, is judged by the threshold alone."""
+    hot = replace(BY_NAME["HighGPUTemperature"], for_seconds=10.0)
+    scene = Scene(hot)
+    assert scene.after(0, 84.0, metric=hot.metric) == []
+    assert states(scene.after(1, 86.0, metric=hot.metric)) == ["pending"]
+    assert scene.after(5, 84.0, metric=hot.metric) == []
+    scene.after(1, 86.0, metric=hot.metric)
+    assert states(scene.after(10, 86.0, metric=hot.metric)) == ["firing"]
+    assert states(scene.after(1, 84.0, metric=hot.metric)) == ["firing"]
+    [still] = scene.after(600, 75.5, metric=hot.metric)
+    assert (still.state, still.value) == ("firing", 75.5) and len(scene.fired) == 1
+    assert scene.after(1, 75.0, metric=hot.metric) == []
+    assert scene.after(1, 84.0, metric=hot.metric) == []
+
+
 def test_one_dip_starts_the_wait_anew() -> None:
     scene = Scene(HELD)
     scene.after(0, 0.9, metric=HELD.metric)

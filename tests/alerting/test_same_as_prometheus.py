@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from promtool import needs_promtool, promtool
 
 from obsinfra.alerting.evaluator import AlertEvaluator, AlertStatus
-from obsinfra.alerting.prometheus_rules import rule_labels, write_rules
+from obsinfra.alerting.prometheus_rules import write_rules
+from obsinfra.alerting.promql import rule_labels
 from obsinfra.catalog.alerts import BY_NAME, Alert
 
 INTERVAL = 7
@@ -25,15 +26,16 @@ STEPS = 45
 
 GAUGE = replace(BY_NAME["HighMemory"], for_seconds=20.0)
 BELOW = replace(BY_NAME["GradientExplosion"], name="TooSmall", comparator="<", threshold=1.0, for_seconds=7.0)
+DAMPED = replace(BY_NAME["HighGPUTemperature"], for_seconds=10.0)
 COUNTER = BY_NAME["NonFiniteLoss"]
 
 Series = tuple[float | None, ...]
 """One value per scrape; None: the target no longer exposes the series."""
 
 
-def gauges(low: float, high: float) -> st.SearchStrategy[Series]:
-    """Values that stay beside a threshold for a while, so that waits are met, missed by one and broken."""
-    span = st.tuples(st.sampled_from([low, high, high, None]), st.integers(1, 8))
+def gauges(*values: float) -> st.SearchStrategy[Series]:
+    """Values, the last more often, each for a while, so that waits are met, missed by one and broken."""
+    span = st.tuples(st.sampled_from([*values, values[-1], None]), st.integers(1, 8))
     return st.lists(span, min_size=6, max_size=14).map(_spread)
 
 
@@ -122,18 +124,23 @@ def _selector(labels: Mapping[str, str]) -> str:
 @given(
     above=st.lists(gauges(0.5, 0.9), min_size=2, max_size=2),
     below=st.lists(gauges(5.0, 0.5), min_size=2, max_size=2),
+    damped=st.lists(gauges(75.0, 80.0, 90.0), min_size=2, max_size=2),
     counted=st.lists(counters(), min_size=3, max_size=3),
 )
 def test_both_evaluators_say_the_same_at_every_scrape(
-    tmp_path: Path, above: list[Series], below: list[Series], counted: list[Series]
+    tmp_path: Path,
+    above: list[Series],
+    below: list[Series],
+    damped: list[Series],
+    counted: list[Series],
 ) -> None:
-    write_rules(tmp_path / "rules.yml", [GAUGE, BELOW, COUNTER])
+    write_rules(tmp_path / "rules.yml", [GAUGE, BELOW, DAMPED, COUNTER])
     document = {
         "rule_files": ["rules.yml"],
         "evaluation_interval": f"{INTERVAL}s",
         "tests": [
             as_promtool_test(alert, series)
-            for alert, series in ((GAUGE, above), (BELOW, below), (COUNTER, counted))
+            for alert, series in ((GAUGE, above), (BELOW, below), (DAMPED, damped), (COUNTER, counted))
         ],
     }
     (tmp_path / "test.yml").write_text(yaml.safe_dump(document))

@@ -34,6 +34,7 @@ def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -
     (tmp_path / "obsinfra.toml").write_text(
         "[thresholds]\ngpu_temperature = 80\n"
         '[alerts.cpu]\nseverity = "info"\n'
+        "[alerts.gpu_temperature]\nclear_threshold = 60.5\n"
         "[alerts.gpu_idle]\nenabled = false\n"
         '[alerts.step_time]\nsummary = "{{ $labels.run }}: a step over {threshold} s"\n'
         'description = "Ask Anna."\nrunbook_url = "https://wiki.example.org/slow"\n'
@@ -41,8 +42,10 @@ def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -
     changed = run("rules", "diff")
     assert changed.exit_code == 1
     for line in (
-        "-    expr: obsinfra_gpu_temperature_celsius > 85",
-        "+    expr: obsinfra_gpu_temperature_celsius > 80",
+        "-      obsinfra_gpu_temperature_celsius > 85",
+        "+      obsinfra_gpu_temperature_celsius > 80",
+        "-      or obsinfra_gpu_temperature_celsius > 75",
+        "+      or obsinfra_gpu_temperature_celsius > 60.5",
         "-  - alert: GPUIdle",
         "+      severity: info",
         "+      summary: '{{ $labels.run }}: a step over 10 s'",

@@ -83,6 +83,19 @@ def test_the_documented_environment_variables_are_read(
         ({"alerts": {"cpu": {"severity": "loud"}}}, ["cpu.severity = loud", "info, warning, critical"]),
         ({"alerts": {"cpu": {"window_seconds": 60}}}, ["cpu.window_seconds", "no window", "memory_creep"]),
         ({"alerts": {"data_share": {"window_seconds": 0}}}, ["data_share.window_seconds = 0", "from 1 to"]),
+        (
+            {"thresholds": {"cpu": 70}, "alerts": {"cpu": {"clear_threshold": 80}}},
+            ["cpu.clear_threshold = 80", "at most the threshold, 70"],
+        ),
+        (
+            {"alerts": {"gpu_idle": {"clear_threshold": 5, "threshold": 6}}},
+            ["gpu_idle.clear_threshold = 5", "at least the threshold, 6"],
+        ),
+        ({"alerts": {"cpu": {"clear_threshold": "low"}}}, ["cpu.clear_threshold = low", "a finite number"]),
+        (
+            {"alerts": {"no_progress": {"clear_threshold": 3}}},
+            ["no_progress.clear_threshold", "moves", "cpu"],
+        ),
         ({"alerts": {"cpu": {"for_seconds": -1}}}, ["cpu.for_seconds = -1", "from 0 to"]),
         ({"alerts": {"cpu": {"action": "reboot"}}}, ["cpu.action = reboot", "none", "emergency_checkpoint"]),
         ({"alerts": {"cpu": {"enabled": "maybe"}}}, ["cpu.enabled = maybe", "true or false"]),
@@ -164,3 +177,12 @@ def test_a_resumed_run_does_not_take_over_where_it_was(tmp_path: Path) -> None:
     settings = resolve({}, run_config=before, environ={}).settings
     assert settings.batch_size == 7
     assert (settings.output_dir, settings.metrics_host) == (Path("runs"), "127.0.0.1")
+
+
+def test_a_clearing_threshold_is_held_against_the_threshold_that_is_set() -> None:
+    settings = resolve(
+        {"thresholds": {"gpu_temperature": 95}, "alerts": {"gpu_temperature": {"clear_threshold": 90}}},
+        environ={},
+    ).settings
+    [hot] = [alert for alert in settings.alert_table() if alert.key == "gpu_temperature"]
+    assert (hot.threshold, hot.clears_at) == (95, 90)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from people import MailServer, mail_server
 from stack_tools import needs_stack
@@ -45,6 +46,18 @@ DISK_CHANGES = CHANGES | {
 and a run that was just saved because of it is not saved again because of another.
 """
 
+POLICY = {
+    "alerts": {
+        "HighGPUTemperature": {
+            "escalate": [
+                {"action": "pause", "after_minutes": 0.02, "undo": True},
+                {"action": "stop", "after_minutes": 60},
+            ]
+        }
+    }
+}
+"""A pause that comes soon; the stop after it does not."""
+
 PASSWORD = "only for this test"
 
 
@@ -64,6 +77,14 @@ class Scene:
             if run in text and alert in f"{mail['subject']} {text}":
                 return text
         return None
+
+    def value(self, query: str) -> float:
+        """What Prometheus answers to a query for one number; 0 where there is none."""
+        asked = httpx.get(
+            f"{self.info.prometheus_url}/api/v1/query", params={"query": query}, trust_env=False
+        ).raise_for_status()
+        found = asked.json()["data"]["result"]
+        return float(found[0]["value"][1]) if found else 0.0
 
     def commanded(self, alert: str, run: str) -> list[str]:
         """Actions the sidecar had done for an alert of a run."""
@@ -115,6 +136,7 @@ def stack_with_people(place: Path, changes: dict[str, dict[str, Any]]) -> Iterat
             scrape_interval="1s",
             alerts=alert_table({}, changes),
             notify=people,
+            policy=POLICY,
         )
         try:
             yield Scene(info, runs, mail)
@@ -273,7 +295,17 @@ def test_a_hot_gpu(scene: Scene, tmp_path: Path) -> None:
         gpu(91)
         saved_because_of(scene, "HighGPUTemperature", "hot")
         text = told_of(scene, "HighGPUTemperature", "hot")
-    assert "91" in text and "85" in text
+        folder = RunFolder(scene.runs / "hot")
+        wait_for(lambda: folder.read_info().state == "paused", "the pause of a run that stays hot")
+        gpu(80)  # below the threshold, and not yet cool
+        series = 'obsinfra_gpu_temperature_celsius{run="hot"}'
+        wait_for(lambda: scene.value(f"count_over_time(({series} == 80)[1m:1s])") >= 5, "80 °C to be seen")
+        assert scene.value('count(ALERTS{alertname="HighGPUTemperature", alertstate="firing"})') == 1
+        assert folder.read_info().state == "paused"
+        gpu(75)
+        wait_for(lambda: folder.read_info().state == "running", "the cool device's run to go on")
+    assert "91" in text and "85 °C, until 75 °C" in text
+    assert scene.commanded("HighGPUTemperature", "hot") == ["resume", "pause", "emergency_checkpoint"]
 
 
 def test_a_hang_is_saved_without_the_loop(scene: Scene, hung: str) -> None:
