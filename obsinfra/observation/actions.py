@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from obsinfra.catalog import metrics as catalog
 from obsinfra.catalog.actions import ACTIONS, Action
@@ -89,21 +89,36 @@ class _Visit:
     error: Exception | None = None
 
 
+Holder = Literal["person", "alert"]
+"""Whose a pause is: an alert's, by the command's argument `alert`, or anybody else's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What one holder wants of a pause.
+
+    Attributes:
+        reason: for people.
+        until: `perf_counter` seconds at which it ends by itself; None: only when told to.
+    """
+
+    reason: str
+    until: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Pause:
     """Why and since when the loop is held.
 
     Attributes:
-        reason: for people.
         since: `perf_counter` seconds.
-        until: when it goes on by itself; None: only when told to.
         state: the run's state before.
+        holds: who holds it, the newest last; never empty. The loop goes on when all have let go.
     """
 
-    reason: str
     since: float
-    until: float | None
     state: str
+    holds: Mapping[Holder, Hold]
 
 
 class Actions:
@@ -203,30 +218,47 @@ class Actions:
         pause = self.pause
         if pause is None:
             return
+        ends = {holder: hold.until for holder, hold in pause.holds.items() if hold.until is not None}
         with self._run.phase("paused"):
-            wait = LOOK_SECONDS
-            if pause.until is not None:
-                wait = min(wait, max(0.0, pause.until - perf_counter()))
+            wait = min([LOOK_SECONDS, *(max(0.0, until - perf_counter()) for until in ends.values())])
             with contextlib.suppress(Empty):
                 self._news.get(timeout=wait)
-        if pause.until is not None and perf_counter() >= pause.until:
-            self.pause = replace(pause, until=None)
-            self._run.ranks.post("pause over", {"why": "max_seconds are over"})
+        for holder, until in ends.items():
+            if perf_counter() >= until:
+                pause = replace(
+                    pause, holds={**pause.holds, holder: replace(pause.holds[holder], until=None)}
+                )
+                self.pause = pause
+                self._run.ranks.post("pause over", {"why": "max_seconds are over", "holder": holder})
 
-    def hold(self, reason: str, seconds: float | None) -> None:
+    def hold(self, holder: Holder, reason: str, seconds: float | None) -> None:
         """Hold the loop from this boundary on; the loop's thread."""
         now = perf_counter()
-        state = self._run.monitor.state if self.pause is None else self.pause.state
-        since = now if self.pause is None else self.pause.since
+        pause = self.pause or Pause(now, self._run.monitor.state, {})
         timed = seconds is not None and self._run.ranks.first  # which ends it for all
-        self.pause = Pause(reason, since, now + seconds if seconds and timed else None, state)
+        hold = Hold(reason, now + seconds if seconds and timed else None)
+        others = {name: held for name, held in pause.holds.items() if name != holder}
+        self.pause = replace(pause, holds={**others, holder: hold})
         self._run.card.show_state("paused", reason)
 
-    def end_pause(self, why: str) -> float | None:
-        """Let the loop go on; seconds it was held, None when it was not."""
-        pause, self.pause = self.pause, None
+    def end_pause(self, why: str, holder: Holder | None = None) -> float | None:
+        """Let the loop go on, unless another holds it too; seconds it was held, None when it was not or is.
+
+        Args:
+            holder: who lets go; None: all do.
+        """
+        pause = self.pause
         if pause is None:
             return None
+        left = {name: hold for name, hold in pause.holds.items() if holder is not None and name != holder}
+        if left:
+            if left != pause.holds:
+                self.pause = replace(pause, holds=left)
+                [*_, last] = left.values()
+                self._run.card.show_state("paused", last.reason)
+                self._log.info("pause_goes_on", let_go=holder, why=why, still=last.reason)
+            return None
+        self.pause = None
         seconds = perf_counter() - pause.since
         if self._run.stop is None:
             self._run.card.show_state(pause.state, None)

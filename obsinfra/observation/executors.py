@@ -65,14 +65,16 @@ def _stop(run: ObservedRun, order: Order) -> Result:
 def _pause(run: ObservedRun, order: Order) -> Result:
     again = run.actions.pause is not None
     seconds = order.arguments["max_seconds"]
-    run.actions.hold(order.reason, seconds)
+    run.actions.hold("alert" if order.arguments["alert"] else "person", order.reason, seconds)
     return {"paused": True, "was_paused": again, "max_seconds": seconds}
 
 
 def _resume(run: ObservedRun, order: Order) -> Result:
-    seconds = run.actions.end_pause(order.reason)
+    was_paused = run.actions.pause is not None
+    seconds = run.actions.end_pause(order.reason, "alert" if order.arguments["alert"] else None)
     paused = None if seconds is None else round(seconds, 3)
-    return {"paused": False, "was_paused": seconds is not None, "paused_seconds": paused}
+    still = run.actions.pause is not None
+    return {"paused": still, "was_paused": was_paused, "paused_seconds": paused}
 
 
 def _profile(run: ObservedRun, order: Order) -> Steps:

@@ -697,7 +697,7 @@ class ObservedRun:
         if agreed.kind == "signal":
             self._obey_signal(agreed.body["name"], agreed.body["at"])
         elif agreed.kind == "pause over":
-            self.actions.end_pause(agreed.body["why"])
+            self.actions.end_pause(agreed.body["why"], agreed.body["holder"])
         elif agreed.kind == "nonfinite":
             self._stop_for_nonfinite(**agreed.body)
         elif agreed.kind == "copy":

@@ -47,6 +47,7 @@ and a run that was just saved because of it is not saved again because of anothe
 """
 
 POLICY = {
+    "cool_down": {"checkpoint": 0},
     "alerts": {
         "HighGPUTemperature": {
             "escalate": [
@@ -54,9 +55,11 @@ POLICY = {
                 {"action": "stop", "after_minutes": 60},
             ]
         }
-    }
+    },
 }
-"""A pause that comes soon; the stop after it does not."""
+"""A pause that comes soon; the stop after it does not. And no cool-down: on a busy machine a trainer's memory
+still grows after seconds, MemoryCreep has it saved, and SlowStep would have to content itself with that.
+"""
 
 PASSWORD = "only for this test"
 
@@ -87,7 +90,7 @@ class Scene:
         return float(found[0]["value"][1]) if found else 0.0
 
     def commanded(self, alert: str, run: str) -> list[str]:
-        """Actions the sidecar had done for an alert of a run."""
+        """Actions the sidecar had done for an alert of a run, newest first."""
         journal = Journal(self.info.state_dir / "sidecar" / "journal.sqlite")
         with contextlib.closing(journal):
             return [
@@ -95,6 +98,11 @@ class Scene:
                 for entry in journal.commands()
                 if entry.command.run == run and entry.alert == alert and entry.outcome == "done"
             ]
+
+    def await_commanded(self, alert: str, run: str, actions: list[str]) -> None:
+        """The journal learns of an outcome after the disk has what was done."""
+        wait_for(lambda: len(self.commanded(alert, run)) >= len(actions), f"outcomes of {actions}")
+        assert self.commanded(alert, run) == actions
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +210,7 @@ def test_a_loss_or_gradient_gone_wrong(scene: Scene, alert: str, inject: str, fl
         text = told_of(scene, alert, run)
     assert saved.step >= 300
     assert create_backup_system(RunFolder(scene.runs / run).checkpoints).verify(saved.path)
-    assert scene.commanded(alert, run) == ["emergency_checkpoint"]
+    scene.await_commanded(alert, run, ["emergency_checkpoint"])
     assert "emergency_checkpoint" in text and f"/runbooks/{alert}" in text
     told = re.search(r"step (\d+)", text)
     assert told is not None and int(told[1]) >= 300
@@ -212,6 +220,7 @@ def test_a_step_that_takes_too_long(scene: Scene) -> None:
     with trainer(scene, "slow", "--inject=slow@300x100"):
         saved_because_of(scene, "SlowStep", "slow", "regular")
         told_of(scene, "SlowStep", "slow")
+        wait_for(lambda: scene.commanded("SlowStep", "slow"), "the journal to have its outcome")
     assert set(scene.commanded("SlowStep", "slow")) == {"checkpoint"}
 
 
@@ -305,7 +314,7 @@ def test_a_hot_gpu(scene: Scene, tmp_path: Path) -> None:
         gpu(75)
         wait_for(lambda: folder.read_info().state == "running", "the cool device's run to go on")
     assert "91" in text and "85 °C, until 75 °C" in text
-    assert scene.commanded("HighGPUTemperature", "hot") == ["resume", "pause", "emergency_checkpoint"]
+    scene.await_commanded("HighGPUTemperature", "hot", ["resume", "pause", "emergency_checkpoint"])
 
 
 def test_a_hang_is_saved_without_the_loop(scene: Scene, hung: str) -> None:

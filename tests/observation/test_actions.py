@@ -166,6 +166,48 @@ def test_a_pause_with_a_limit_ends_by_itself(loop: Loop) -> None:
     loop.converse(talk)
 
 
+def test_a_pause_that_a_person_ordered_outlasts_that_of_an_alert(loop: Loop) -> None:
+    def talk() -> None:
+        run = loop.run
+        loop.do("pause", alert="HighGPUTemperature")
+        loop.do("pause", max_seconds=600)
+        step = run.step
+        told = loop.do("resume", alert="HighGPUTemperature")
+        assert (told["paused"], told["was_paused"], told["paused_seconds"]) == (True, True, None)
+        assert run.monitor.state == "paused" and run.step == step
+        assert loop.do("resume")["paused"] is False
+        wait_for(lambda: run.step > step + 2, "steps after the pause")
+
+    loop.converse(talk)
+
+
+def test_a_person_ends_every_pause_and_an_alert_its_own(loop: Loop) -> None:
+    def talk() -> None:
+        run = loop.run
+        loop.do("pause")
+        loop.do("pause", alert="HighGPUTemperature")
+        assert loop.do("resume")["paused"] is False
+        loop.do("pause", alert="HighGPUTemperature")
+        step = run.step
+        assert loop.do("resume", alert="HighGPUTemperature")["paused"] is False
+        wait_for(lambda: run.step > step, "steps after the pause")
+
+    loop.converse(talk)
+
+
+def test_the_limit_of_a_persons_pause_ends_that_one_alone(loop: Loop) -> None:
+    def talk() -> None:
+        run = loop.run
+        loop.do("pause", alert="HighGPUTemperature")
+        loop.do("pause", max_seconds=1)
+        step = run.step
+        wait_for(lambda: run.actions.pause is not None and "person" not in run.actions.pause.holds, "its end")
+        assert run.monitor.state == "paused" and run.step == step
+        assert loop.do("resume", alert="HighGPUTemperature")["paused"] is False
+
+    loop.converse(talk)
+
+
 def test_a_stop_and_a_signal_end_a_paused_run_with_a_checkpoint(tmp_path: Path) -> None:
     for number, end in enumerate((lambda: os.kill(os.getpid(), signal.SIGTERM), None)):
         loop = Loop(tmp_path / str(number))
