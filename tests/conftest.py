@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
+from _pytest.mark.expression import Expression
 
 # A busy machine is no failure: no property test has a deadline for one example.
 hypothesis.settings.register_profile("unhurried", deadline=None)
@@ -73,6 +78,37 @@ LONG = frozenset(
     ]
 )
 """Files of unit tests that take 8 to 40 seconds each on two processors: two thirds of the whole time."""
+
+
+OF_THE_FILE = re.compile(r"^pytestmark = (\[.*?^\]|.*?$)", re.MULTILINE | re.DOTALL)
+MARKS = ("gpu", "stack", "browser", "slow", "long")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that `-m` leaves out whatever else its tests are marked with need not be imported."""
+    if not config.option.markexpr or not re.fullmatch(r"test_\w+\.py", collection_path.name):
+        return None
+    written = OF_THE_FILE.search(collection_path.read_text())
+    of_file = {mark for mark in MARKS if written is not None and f"pytest.mark.{mark}" in written[1]}
+    if collection_path.stem in LONG:
+        of_file.add("long")
+    wanted = Expression.compile(config.option.markexpr)
+    for size in range(len(MARKS) + 1):
+        for more in itertools.combinations(MARKS, size):
+            marks = of_file.union(more)
+            if wanted.evaluate(lambda name, marks=marks, **_: name in marks):
+                return None
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Nothing that is imported is garbage: a fifth of the time would go into looking for some."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -197,8 +197,8 @@ def _timeseries(drawing: Drawing) -> None:
         for number, (_, one) in enumerate(series):
             xs, ys = _with_gaps(one, drawing.over)
             axes.plot(xs, ys, color=_nth(number), lw=1.2)
-            if len(one.points) == 1:
-                axes.plot(xs, ys, ".", color=_nth(number))
+            if lone := _lone_points(one, drawing.over):
+                axes.plot([at for at, _ in lone], [value for _, value in lone], ".", color=_nth(number))
     if custom.get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
@@ -460,6 +460,17 @@ def _with_gaps(series: Series, over: Range) -> tuple[list[float], list[float]]:
         ys.append(value)
         before = at
     return xs, ys
+
+
+def _lone_points(series: Series, over: Range) -> list[tuple[float, float]]:
+    """Points with a gap on both sides, through which no line goes."""
+    near, points = 1.5 * over.step, series.points
+    return [
+        point
+        for n, point in enumerate(points)
+        if (n == 0 or point[0] - points[n - 1][0] > near)
+        and (n == len(points) - 1 or points[n + 1][0] - point[0] > near)
+    ]
 
 
 def _nth(number: int) -> str:

@@ -5,15 +5,17 @@ One stack, one exploding, killed and resumed run and one of two ranks serve all 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from observed_runs import RANKS, SINGLE, Observed, observed_runs
+from observed_runs import RANKS, SCRAPE_SECONDS, SINGLE, Observed, observed_runs
 from PIL import Image
 from stack_tools import needs_stack
 from stack_versions import NEWER
@@ -26,7 +28,8 @@ from obsinfra.catalog.metrics import (
     SERIES_PER_DEVICE,
     SERIES_PER_RANK,
 )
-from obsinfra.dashboards.asking import Asked, Prometheus, choose, filled, panels_of, put_questions
+from obsinfra.dashboards.asking import Asked, Prometheus, Range, choose, filled, panels_of, put_questions
+from obsinfra.dashboards.preview import draw_board
 from obsinfra.dashboards.reading import table_of
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, needs_stack]
@@ -266,33 +269,78 @@ def test_a_run_keeps_within_its_budget_of_series(observed: Observed) -> None:
     assert 0 < recorded <= RECORDED_PER_RUN + 2 * RECORDED_PER_RANK
 
 
-def near(pixels: list[tuple[int, Any]], colour: str) -> int:
-    """How many pixels have about this colour; the picture's palette is not exact."""
-    wanted = bytes.fromhex(colour[1:])
-    return sum(
-        number for number, found in pixels if all(abs(a - b) < 24 for a, b in zip(found, wanted, strict=True))
-    )
+ABOVE_A_LEGEND = ("timeseries", "xychart", "state-timeline")
+"""Kinds of panels that name what they draw below it."""
+
+
+def coloured(picture: Image.Image, panel: Mapping[str, Any], rows: int) -> int:
+    """Pixels of a panel that are neither ground, grid nor text, without its legend."""
+    place = panel["gridPos"]
+    top, bottom = place["y"] + 3.0, place["y"] + 2.0 + place["h"]
+    if panel["type"] in ABOVE_A_LEGEND:
+        bottom -= 1.4
+    unit, column = picture.height / rows, picture.width / 24
+    left, right = place["x"] * column, (place["x"] + place["w"]) * column
+    part = picture.crop((round(left), round(top * unit), round(right), round(bottom * unit)))
+    return sum(number for number, rgb in part.getcolors(1 << 24) or [] if max(rgb) - min(rgb) > 60)
+
+
+def drawable(panel: Mapping[str, Any], found: list[Asked]) -> bool:
+    """Whether an answer has a number that is drawn for sure: a curve at 0 lies on the edge of its axes."""
+    least = 0.0 if panel["type"] in ("timeseries", "xychart") else -math.inf
+    values = [value for one in found for series in one.answer.series for _, value in series.points]
+    return any(math.isfinite(value) and value > least for value in values)
 
 
 def test_previews_draw_what_was_answered(
     observed: Observed, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each panel that has an answer, and no other, has colours: however small, in a long range, that is."""
     terminal = Terminal("dashboards", capsys, monkeypatch)
-    over = observed.over
+    unmarked = tmp_path / "dashboards"  # a mark is coloured, too
+    unmarked.mkdir()
+    for name, board in BOARDS.items():
+        (unmarked / f"{name}.json").write_text(json.dumps({**board, "annotations": {"list": []}}))
+    seconds = math.ceil(observed.over.seconds)
+    end = observed.over.end
+    observed = replace(observed, over=Range(end - seconds, end, SCRAPE_SECONDS))
     drawn = terminal(
-        "preview", f"--prometheus={observed.urls['installed']}", f"--out={tmp_path}", f"--until={over.end}",
-        f"--range={over.seconds:.0f}s", "--scrape-interval=1s", f"--var=run:run={SINGLE}",
-        f"--folder={Path(__file__).parents[2] / 'grafana'}", f"--var=ranks:run={RANKS}",
+        "preview", f"--prometheus={observed.urls['installed']}", f"--out={tmp_path}", f"--until={end}",
+        f"--range={seconds}s", f"--scrape-interval={SCRAPE_SECONDS:.0f}s", f"--var=run:run={SINGLE}",
+        f"--folder={tmp_path}", f"--var=ranks:run={RANKS}",
     )  # fmt: skip
     assert drawn.code == 0, drawn.err
-    for name in BOARDS:
+    chosen = {"run": SINGLE, "ranks": RANKS}
+    for name, board in BOARDS.items():
         picture = tmp_path / f"dashboard-{name}.png"
         assert picture.stat().st_size < 300_000
+        found = asked(observed, "installed", name, **({"run": chosen[name]} if name in chosen else {}))
+        rows = 2 + max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
         with Image.open(picture) as image:
+            pixels = image.convert("RGB")
+        for panel in panels_of(board):
+            answers = [one for one in found if one.panel["id"] == panel["id"]]
+            number = coloured(pixels, panel, rows)
+            if drawable(panel, answers):
+                assert number > 0, (name, panel["title"])
+            elif not any(one.answer.series for one in answers):
+                assert number == 0, (name, panel["title"])
+
+
+def test_a_preview_shows_a_threshold_that_the_answers_reach(observed: Observed, tmp_path: Path) -> None:
+    """The gradients exploded: the red line at 100 is across the panel."""
+    prometheus = Prometheus(observed.urls["installed"])
+    target = tmp_path / "run.png"
+    board = copy.deepcopy(BOARDS["run"])
+    [panel] = [panel for panel in panels_of(board) if panel["title"] == "Gradient norm"]
+    counts = []
+    for style in ("dashed", "off"):
+        panel["fieldConfig"]["defaults"]["custom"]["thresholdsStyle"]["mode"] = style
+        draw_board({**board, "panels": [panel]}, prometheus, observed.over, {"run": SINGLE}, target)
+        with Image.open(target) as image:
             pixels = image.convert("RGB").getcolors(1 << 24) or []
-        # Curves begin with green, and the threshold of the gradient norm is red.
-        assert near(pixels, "#73bf69") > 500, name
-        assert name != "run" or near(pixels, "#f2495c") > 300
+        counts.append(sum(number for number, (r, g, b) in pixels if r - g > 100 and r - b > 60))
+    assert counts[0] > counts[1] + 100
 
 
 def test_a_trace_hangs_on_the_step_time(observed: Observed) -> None:
