@@ -23,6 +23,10 @@ POLL_SECONDS = 0.05
 PROMISE_POLL_SECONDS = 0.002
 """How often a loop that waits at a boundary looks for the others' promises."""
 
+LOST_SECONDS = 10.0
+"""A store that fails for so long went with the launcher that kept it: nobody would start the ranks again, and
+they could be told nothing any more."""
+
 FAREWELL_SECONDS = 5.0
 """How long a rank that leaves tries to tell the others why."""
 
@@ -86,6 +90,7 @@ class Agreement:
         on_notice: raises the loop's flag; must be safe on any thread.
         at_once: kinds that no boundary is needed for, and who takes them, on the listener's thread.
         patience: seconds a loop waits for another rank's promise.
+        lost_seconds: how long the store may fail before the rank gives up.
     """
 
     def __init__(
@@ -98,10 +103,12 @@ class Agreement:
         on_notice: Callable[[], None],
         at_once: Callable[[Request], bool] = lambda request: False,
         patience: float = 30.0,
+        lost_seconds: float = LOST_SECONDS,
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._step, self._on_notice, self._at_once = step, on_notice, at_once
-        self._patience = patience
+        self._patience, self._lost_seconds = patience, lost_seconds
+        self._lost: str | None = None
         self._lock = threading.Lock()
         self._noticed: list[Request] = []
         self._decided: list[tuple[int, Request]] = []
@@ -119,23 +126,37 @@ class Agreement:
         self._thread.start()
 
     def post(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Ask all ranks, this one included, to do something at a boundary that they will agree on."""
-        number = self._store.add("requests", 1)
+        """Ask all ranks, this one included, to do something at a boundary that they will agree on.
+
+        Raises:
+            PeerLostError: the store does not take it.
+        """
         document = {"kind": kind, "body": dict(body), "rank": self._rank}
-        self._store.set(f"request/{number}", json.dumps(document))
+        try:
+            number = self._store.add("requests", 1)
+            self._store.set(f"request/{number}", json.dumps(document))
+        except Exception as error:  # torch's stores raise errors of their own kinds
+            raise PeerLostError(
+                f"the store where the ranks meet does not answer: {str(error)[:300]}"
+            ) from error
         self._wake.set()
 
     @property
     def pending(self) -> bool:
         """Whether something was noticed here that is not due yet; the loop's flag must stay up then."""
-        return bool(self._noticed or self._decided)
+        return bool(self._noticed or self._decided or self._lost)
 
     def due(self, boundary: int) -> list[Request]:
         """What is to be done at this boundary, in the order all ranks do it.
 
         Raises:
-            PeerLostError: a rank made no promise in time.
+            PeerLostError: a rank made no promise in time, or the store is gone.
         """
+        if self._lost is not None:
+            raise PeerLostError(
+                f"the store where the ranks meet has not answered for {self._lost_seconds:.0f} s "
+                f"({self._lost}): the launcher that kept it, or its host, is gone"
+            )
         if not self._noticed and not self._decided:
             return []
         while True:
@@ -186,15 +207,23 @@ class Agreement:
     # ---- inside ----------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
+        failing_since: float | None = None
         while not self._stopping.is_set():
             try:
                 while not self._stopping.is_set() and self._store.check([f"request/{self._next}"]):
                     self._notice(self._next)
                     self._next += 1
+                failing_since = None
             except Exception as error:  # torch's stores raise errors of their own kinds
                 if not self._stopping.is_set():
-                    self._log.error("agreement_store_lost", error=str(error)[:300])
-                    self._stopping.wait(1.0)
+                    if failing_since is None:
+                        failing_since = time.monotonic()
+                        self._log.error("agreement_store_lost", error=str(error)[:300])
+                    if time.monotonic() - failing_since >= self._lost_seconds:
+                        self._lost = str(error)[:300]
+                        self._on_notice()
+                        return
+                    self._stopping.wait(self._lost_seconds / 2)  # each failure fills a page of stderr
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
 

@@ -21,6 +21,7 @@ class Shelf:
     """A store in one process, as torch's are between several."""
 
     def __init__(self) -> None:
+        self.gone = False
         self._values: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
@@ -33,12 +34,16 @@ class Shelf:
             return self._values[key]
 
     def add(self, key: str, amount: int) -> int:
+        if self.gone:
+            raise ConnectionError("Broken pipe")
         with self._lock:
             number = int(self._values.get(key, b"0")) + amount
             self._values[key] = str(number).encode()
             return number
 
     def check(self, keys: list[str]) -> bool:
+        if self.gone:
+            raise ConnectionError("Broken pipe")
         with self._lock:
             return all(key in self._values for key in keys)
 
@@ -154,6 +159,23 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
     with pytest.raises(PeerLostError, match=r"rank 1 did not answer for 0 s .*checkpoint"):
         agreement.due(7)
     agreement.leave("failed")
+
+
+def test_a_store_that_went_with_its_launcher_ends_the_loop_at_its_next_boundary() -> None:
+    shelf, noticed = Shelf(), threading.Event()
+    agreement = Agreement(shelf, 0, 2, step=lambda: 7, on_notice=noticed.set, lost_seconds=0.2)
+    agreement.start()
+    try:
+        assert agreement.due(7) == [] and not agreement.pending
+        shelf.gone = True
+        with pytest.raises(PeerLostError, match="does not answer: Broken pipe"):
+            agreement.post("checkpoint", {})
+        wait_for(noticed.is_set, "the loop's flag is raised")
+        assert agreement.pending
+        with pytest.raises(PeerLostError, match=r"Broken pipe.*launcher"):
+            agreement.due(8)
+    finally:
+        agreement.leave("over")
 
 
 def test_what_nobody_will_come_to_is_void() -> None:

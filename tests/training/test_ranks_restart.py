@@ -9,8 +9,10 @@ import signal
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from torchrun_runs import RankedRun
+from waiting import wait_for
 
 from obsinfra.run.folder import RunInfo
 
@@ -80,3 +82,23 @@ def test_a_rank_that_hangs_is_shown_and_the_group_goes_on_without_its_hang(tmp_p
     assert reached[0] > reached[1]  # what rank 0 waits in, the rank that hangs never came to
     assert kept[0]["last"] == f"{reached[0]} gloo:all_reduce {entries[0][-1]['input_sizes'][0]}"
     assert run.events(0, "system", "group_formed_again")[0]["at_step"] > 0
+
+
+def test_ranks_whose_launcher_is_killed_save_the_run_and_end(tmp_path: Path) -> None:
+    """It took along the store in which they meet: they could neither be told to stop nor be started again."""
+    run = RankedRun(tmp_path, "orphans", "--model-name", "digits", *ENDLESS)
+    with run.launched("--nproc-per-node", 2) as launcher:
+        pids = [int(process["pid"]) for process in run.running(2, step=50).processes.values()]
+        launcher.kill()
+        launcher.wait()
+        reached = run.folder.read_progress().step
+        try:
+            wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), "both ranks have ended", 100)
+        finally:
+            for pid in pids:
+                if psutil.pid_exists(pid):
+                    os.kill(pid, signal.SIGKILL)
+    info = run.info()
+    assert info.state == "failed" and "the launcher that kept it" in (info.reason or "")
+    (saved,) = run.checkpoints("emergency")
+    assert saved.step >= reached
