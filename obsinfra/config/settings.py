@@ -188,7 +188,8 @@ class Settings(BaseModel):
     tensor_parallel_size: int | None = _setting(
         None,
         "With --parallel tp: the ranks that compute a batch together; the data is divided among such groups. "
-        "Default: the ranks of a host.",
+        "Default: the ranks of a host. With --parallel fsdp: divide each layer among so many, and what each "
+        "of them has among the groups.",
         group="Several ranks",
         ge=1,
     )

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
+from obsinfra.errors import ConfigError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.optimization.wrapping import broadcast, check_wrappable
 
@@ -37,12 +39,45 @@ def divide(model: nn.Module, shard_size: int, *, offload: bool = False) -> list[
     check_wrappable(model, "FSDP2", _problem)
     buffers = saved_buffers(model)
     broadcast((*model.parameters(), *model.buffers()))
-    device = next(model.parameters()).device
-    mesh, policy = _mesh(device, shard_size), _policy(device, offload)
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)
+    divide_over(model, _mesh(next(model.parameters()).device, shard_size), offload=offload)
     return buffers
+
+
+def divide_over(model: nn.Module, mesh: DeviceMesh, *, offload: bool = False) -> None:
+    """`divide` over the ranks of a mesh, all of which have the same values.
+
+    Args:
+        model: its layers may be divided already, by tensor parallelism over another dimension of the mesh:
+            then each part is divided again, along another dimension of the tensor.
+
+    Raises:
+        ConfigError: such a part cannot be divided evenly.
+    """
+    policy = _policy(torch.device(mesh.device_type), offload)
+    for parameter in model.parameters():
+        _second_dimension(parameter, mesh)  # before the first is divided
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        return _second_dimension(parameter, mesh)
+
+    for module in (*blocks_of(model), model):
+        fully_shard(module, mesh=mesh, offload_policy=policy, shard_placement_fn=place)
+
+
+def _second_dimension(parameter: nn.Parameter, mesh: DeviceMesh) -> Shard | None:
+    """Where FSDP2 divides a parameter: None for its rows; where ranks of a layer have rows, the columns."""
+    if not isinstance(parameter, DTensor) or parameter.dim() < 2:
+        return None
+    if all(getattr(placement, "dim", None) != 0 for placement in parameter.placements):
+        return None
+    if parameter.shape[1] % mesh.size():
+        raise ConfigError(
+            f"a weight of shape {tuple(parameter.shape)}, whose rows are divided among the ranks of a layer, "
+            f"cannot be divided among {mesh.size()} groups",
+            "columns that divide",
+            "choose another number of ranks, or --parallel tp without FSDP",
+        )
+    return Shard(1)
 
 
 def keep_alike(model: nn.Module, buffers: list[Tensor]) -> None:

@@ -49,7 +49,7 @@ class FullySharded(DataParallel):
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
         refuse_what_needs_whole_models(settings)
         super().__init__(ranks)
-        self._how = settings.parallel
+        self._how, self._who = settings.parallel, "ranks"
         self._shard_size = ranks.size
         if settings.parallel == "hsdp":
             self._shard_size = group_size(ranks.size, settings.shard_size, "--shard-size")
@@ -68,10 +68,10 @@ class FullySharded(DataParallel):
         divided = super().divide(batches, workload)
         if self._accumulate > 1 and size and samples:
             last = samples - (len(batches) - 1) * size
-            if 0 < last < self.ranks.size:
+            if 0 < last < self.parts:
                 raise ConfigError(
-                    f"the last batch of {workload} has {last} samples for {self.ranks.size} ranks",
-                    f"a sample for each rank in every pass with --accumulate and --parallel {self._how}",
+                    f"the last batch of {workload} has {last} samples for {self.parts} {self._who}",
+                    f"a sample for each in every pass with --accumulate and --parallel {self._how}",
                     "choose another --batch-size",
                 )
         return divided
@@ -87,10 +87,10 @@ class FullySharded(DataParallel):
         Raises:
             DataError: a batch of several that has fewer samples than there are ranks.
         """
-        if len(batches) > 1 and (fewest := min(part.of for part in batches)) < self.ranks.size:
+        if len(batches) > 1 and (fewest := min(part.of for part in batches)) < self.parts:
             raise DataError(
-                f"a batch of {fewest} samples for {self.ranks.size} ranks",
-                f"a sample for each rank in every pass with --accumulate and --parallel {self._how}",
+                f"a batch of {fewest} samples for {self.parts} {self._who}",
+                f"a sample for each in every pass with --accumulate and --parallel {self._how}",
                 "choose another --batch-size",
             )
         return super().opened(batches)

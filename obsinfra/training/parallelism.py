@@ -233,6 +233,12 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
                 "fsdp or hsdp, whose parts each rank can write",
                 "add --parallel fsdp, or drop --checkpoint-form",
             )
+        if settings.tensor_parallel_size is not None:
+            raise ConfigError(
+                f"--checkpoint-form sharded with --tensor-parallel-size {settings.tensor_parallel_size}",
+                "parts of fsdp alone: those of divided layers are put together on rank 0",
+                "drop one of them",
+            )
         if settings.checkpoint_compression != "off":
             raise ConfigError(
                 f"--checkpoint-form sharded with --checkpoint-compression {settings.checkpoint_compression}",
@@ -245,11 +251,11 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
             "--parallel hsdp, whose shards it sizes",
             "add --parallel hsdp, or drop --shard-size",
         )
-    if settings.tensor_parallel_size is not None and settings.parallel != "tp":
+    if settings.tensor_parallel_size is not None and settings.parallel not in ("tp", "fsdp"):
         raise ConfigError(
             f"--tensor-parallel-size {settings.tensor_parallel_size} with --parallel {settings.parallel}",
-            "--parallel tp, whose groups it sizes",
-            "add --parallel tp, or drop --tensor-parallel-size",
+            "--parallel tp, whose groups it sizes, or fsdp, with which it goes together",
+            "add --parallel tp or fsdp, or drop --tensor-parallel-size",
         )
     if ranks.alone:
         if settings.parallel in ("fsdp", "hsdp", "tp"):
@@ -259,6 +265,10 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
                 "start with --nproc-per-node 2 or more, or train with --parallel auto",
             )
         return OneProcess(ranks)
+    if settings.parallel == "fsdp" and settings.tensor_parallel_size is not None:
+        from obsinfra.training.tensor_parallel import TensorAndFullySharded
+
+        return TensorAndFullySharded(ranks, settings)
     if settings.parallel in ("fsdp", "hsdp"):
         from obsinfra.training.fully_sharded import FullySharded
 

@@ -1,5 +1,6 @@
 """Tensor parallelism: each rank of a group computes a part of every layer that the model's plan names, on the
-same batch; several groups divide the data. `choose_parallelism` makes one where `--parallel tp` asks for it.
+same batch; several groups divide the data. `choose_parallelism` makes one where `--parallel tp` asks for it,
+or `--parallel fsdp` with `--tensor-parallel-size` for both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import clip_grad_norm_
@@ -19,10 +20,10 @@ from torch.nn.utils import clip_grad_norm_
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError
 from obsinfra.observation.ranks import Ranks
-from obsinfra.optimization.fsdp import saved_buffers
+from obsinfra.optimization.fsdp import divide_over, saved_buffers
 from obsinfra.optimization.tensor_styles import Whole
 from obsinfra.optimization.wrapping import broadcast, group_size
-from obsinfra.training.fully_sharded import refuse_what_needs_whole_models
+from obsinfra.training.fully_sharded import FullySharded, refuse_what_needs_whole_models
 from obsinfra.training.parallelism import DataParallel
 from obsinfra.workloads.protocol import Batches
 
@@ -41,6 +42,7 @@ class TensorParallel(DataParallel):
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
         refuse_what_needs_whole_models(settings)
         super().__init__(ranks)
+        self._option = "--parallel tp" if settings.parallel == "tp" else "--tensor-parallel-size"
         self._group = group_size(ranks.size, settings.tensor_parallel_size, "--tensor-parallel-size")
         self.part, self.parts = ranks.rank // self._group, ranks.size // self._group
         # Within a group all compute on the same activations, so they must drop the same ones, too.
@@ -59,12 +61,22 @@ class TensorParallel(DataParallel):
         Raises:
             ConfigError: it has no plan, or none for groups of this size.
         """
+        self._peers = self.divide_layers(model)["data"].get_group()
+        self._parameters = list(model.parameters())
+        return model
+
+    def divide_layers(self, model: nn.Module) -> DeviceMesh:
+        """Divide what the plan names, in place; the mesh of `data` (groups) and `tensor` (within a group).
+
+        Raises:
+            ConfigError: as `wrap`.
+        """
         plan = getattr(model, "tensor_parallel_plan", None)
         if plan is None:
             raise ConfigError(
-                f"--parallel tp with {type(model).__name__}, which has no tensor_parallel_plan",
+                f"{self._option} with {type(model).__name__}, which has no tensor_parallel_plan",
                 "a model that says which of its layers can be divided, as that of byte_gpt",
-                "train with --parallel fsdp or ddp",
+                "train with --parallel fsdp or ddp alone",
             )
         styles = plan(self._group)
         self._buffers = saved_buffers(model)
@@ -74,9 +86,7 @@ class TensorParallel(DataParallel):
         for name, module in model.named_modules():
             if name in styles or any(True for _ in module.parameters(recurse=False)):
                 parallelize_module(module, mesh["tensor"], styles.get(name) or Whole())
-        self._peers = mesh["data"].get_group()
-        self._parameters = list(model.parameters())
-        return model
+        return mesh
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """As under DDP, among groups."""
@@ -112,6 +122,45 @@ class TensorParallel(DataParallel):
     def in_shards(self) -> bool:
         """Yes."""
         return True
+
+
+class TensorAndFullySharded(FullySharded):
+    """Both: neighbouring ranks are a group that divides the layers, and the groups divide what each of their
+    ranks has by FSDP2 (a mesh of two dimensions). Data is divided among groups.
+
+    Args:
+        ranks: all of them; torch's process group is there.
+        settings: checked for what does not work with it.
+
+    Raises:
+        ConfigError: a setting that does not work with it, or groups that do not fit the ranks.
+    """
+
+    def __init__(self, ranks: Ranks, settings: Settings) -> None:
+        super().__init__(ranks, settings)
+        self._layers = TensorParallel(ranks, settings)
+        self.part, self.parts, self._who = self._layers.part, self._layers.parts, "groups"
+        if self.parts == 1:
+            raise ConfigError(
+                f"--tensor-parallel-size {ranks.size} of {ranks.size} ranks with --parallel fsdp",
+                "several groups, among which FSDP divides the model",
+                "make it smaller, or train with --parallel tp",
+            )
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself, its layers divided by its plan and the parts by FSDP2, with rank 0's values.
+
+        Raises:
+            ConfigError: as `TensorParallel.wrap`, or a part that cannot be divided among the groups.
+        """
+        self._buffers = saved_buffers(model)
+        mesh = self._layers.divide_layers(model)
+        divide_over(model, mesh["data"], offload=self._offload)
+        return model
+
+    def counted(self, samples: int) -> int:
+        """As under tensor parallelism."""
+        return self._layers.counted(samples)
 
 
 def _own(value: Tensor) -> Tensor:

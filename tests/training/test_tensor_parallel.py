@@ -59,6 +59,67 @@ def test_two_pairs_train_as_one_process(tmp_path: Path) -> None:
     assert far(one["parameters"], four[0]["parameters"]) < 1e-4 < 5e-3 < far(one["parameters"], start)
 
 
+def _told(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    """Train; also the losses this rank has recorded, and the size of its part of a block."""
+    losses: list[float] = []
+    own: list[int] = []
+
+    def listen(run: ObservedRun) -> None:
+        record = run.record
+
+        def noted(**values: Any) -> None:
+            losses.append(float(values["loss"]))
+            record(**values)
+
+        run.record = noted  # type: ignore[method-assign]
+        own.extend(local(parameter).numel() for parameter in run.model.blocks[0].parameters())
+
+    return {**trained(ranks, output, listen, **settings), "losses": losses, "own": sum(own)}
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def test_pairs_that_divide_the_layers_and_their_parts_by_fsdp_train_as_one_process(tmp_path: Path) -> None:
+    """A mesh of two times two ranks: the losses of each step, of the groups' halves of the data, are those of
+    one process, and so are the weights then. Each rank has a quarter of a block, but for the norms."""
+    settings = {**GPT, "max_steps": 6, "accumulate": 2, "clip_norm": 0.5, "warmup_steps": 0}
+    one = _told(Alone(), tmp_path / "one", settings)
+    both = {"parallel": "fsdp", "tensor_parallel_size": 2}
+    four = in_group(4, _told, tmp_path / "four", {**settings, **both})
+    assert all(isinstance(rank, dict) for rank in four), four
+    width = SIZES["nano"].width
+    assert one["own"] == 12 * width**2 + 2 * width
+    assert [rank["own"] for rank in four] == [12 * width**2 // 4 + 2 * width // 2] * 4
+    assert four[0]["losses"] == four[1]["losses"] != four[2]["losses"] == four[3]["losses"]
+    together = [
+        (first + second) / 2 for first, second in zip(four[0]["losses"], four[2]["losses"], strict=True)
+    ]
+    assert together == pytest.approx(one["losses"], rel=1e-4) and one["losses"][-1] < 0.9 * one["losses"][0]
+    assert all(far(four[0]["parameters"], rank["parameters"]) == 0.0 for rank in four)
+    assert far(one["parameters"], four[0]["parameters"]) < 1e-4
+
+
+def _both_refused(ranks: Any) -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 of 2 ranks with --parallel fsdp"):
+        choose_parallelism(ranks, Settings(parallel="fsdp", tensor_parallel_size=2))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 3 does not divide 2 ranks"):
+        choose_parallelism(ranks, Settings(parallel="fsdp", tensor_parallel_size=3))
+    both = choose_parallelism(ranks, Settings(parallel="fsdp", tensor_parallel_size=1))
+    with pytest.raises(
+        ConfigError, match="--tensor-parallel-size with Linear, which has no tensor_parallel_plan"
+    ):
+        both.wrap(nn.Linear(2, 2))
+
+
+def test_what_does_not_go_with_both_is_refused() -> None:
+    assert in_group(2, _both_refused) == [None, None]
+    with pytest.raises(ConfigError, match="--checkpoint-form sharded with --tensor-parallel-size 2"):
+        together = {"tensor_parallel_size": 2, "checkpoint_form": "sharded"}
+        choose_parallelism(Alone(), Settings(parallel="fsdp", **together))
+
+
 def test_a_run_goes_on_alone_and_back_bit_for_bit(tmp_path: Path) -> None:
     """Parameters, moments and all are put back as they were."""
     settings = {**GPT, "parallel": "tp", "max_steps": 3}
