@@ -19,7 +19,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,7 @@ from obsinfra.backup.backup_system import Kind, SavedCheckpoint
 from obsinfra.backup.compression import Compression, check_compression
 from obsinfra.backup.heir import HEIR_LOCK
 from obsinfra.backup.heir import wait_for_heir as wait_for_heir  # for those who only know this module
+from obsinfra.backup.parts import Part
 from obsinfra.backup.retention import Retention, prune
 from obsinfra.backup.shared_snapshot import SharedSnapshots
 from obsinfra.backup.slot import SlotReader, SnapshotHead
@@ -137,6 +138,7 @@ class _Request:
     asked_at: float = field(default_factory=time.perf_counter)
     attempts: int = 0
     sequence: int = 0
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,7 @@ class Checkpointer:
         *,
         attributes: Mapping[str, Any] | None = None,
         sound: bool = False,
+        part: Part | None = None,
     ) -> PendingCommit:
         """Have the newest snapshot committed. Any thread; returns at once.
 
@@ -272,6 +275,7 @@ class Checkpointer:
         Args:
             attributes: further JSON facts for the manifest; `resumable` is true unless said otherwise.
             sound: the newest sound snapshot instead.
+            part: the snapshot is this rank's part (`dcp_state.part_of`), and is committed with all others.
 
         Raises:
             CheckpointError: there is no snapshot, or the attributes are not JSON or too large.
@@ -294,7 +298,7 @@ class Checkpointer:
                 )
             self._ids += 1
             pending = PendingCommit(kind, reason)
-            request = _Request(self._ids, kind, reason, facts, sound, slot, pending)
+            request = _Request(self._ids, kind, reason, facts, sound, slot, pending, part=part)
             self._enqueue(request)
             self._changed.notify_all()
         self._dispatch()
@@ -655,7 +659,13 @@ class Checkpointer:
 def _order(request: _Request) -> Order:
     assert request.slot is not None
     return Order(
-        request.id, request.slot, request.sequence, request.kind, request.reason, dict(request.attributes)
+        request.id,
+        request.slot,
+        request.sequence,
+        request.kind,
+        request.reason,
+        dict(request.attributes),
+        astuple(request.part) if request.part is not None else None,
     )
 
 

@@ -22,12 +22,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from obsinfra.backup.manifest import DISTRIBUTED, Manifest, TensorEntry
+from obsinfra.backup.manifest import DISTRIBUTED, DISTRIBUTED_VERSION, Manifest, TensorEntry
 from obsinfra.backup.state_tree import decode, encode
 from obsinfra.backup.tensors import dtype_name, named_dtype
 from obsinfra.errors import CheckpointError
-
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ def document_of(
         raise CheckpointError("the planner's own data has tensors in it", "plain values")
     document = {
         "$": DISTRIBUTED,
-        "version": VERSION,
+        "version": DISTRIBUTED_VERSION,
         "chunk_bytes": chunk_bytes,
         "items": items,
         **planner_data,
@@ -123,10 +121,10 @@ def metadata_of(manifest: Manifest) -> Metadata:
         )
     try:
         document = manifest.state
-        if document["version"] != VERSION:
+        if document["version"] != DISTRIBUTED_VERSION:
             raise CheckpointError(
                 f"{name} has distributed format {document['version']}",
-                f"format {VERSION}",
+                f"format {DISTRIBUTED_VERSION}",
                 "use the version of obsinfra that wrote it, or a newer one",
             )
         metadata = Metadata({}, storage_data={})

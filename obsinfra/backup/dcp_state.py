@@ -1,26 +1,23 @@
-"""A nested training state whose tensors lie in parts on the ranks, saved by all at once and read back.
+"""A nested training state whose tensors lie in parts on ranks: one part of it, and all read back.
 
-The keeper saves by it, `read_state` reads. Each rank writes its parts (`dcp`'s writer); what is not in parts
-is rank 0's: a JSON document and its tensors. Knows no trainers.
+The keeper saves by it, `read_state` reads. Each rank's writer commits its part (`parts`); what is not in
+parts is rank 0's: a JSON document and its tensors. Knows no trainers.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from obsinfra.backup.backup_system import Kind, SavedCheckpoint
-from obsinfra.backup.dcp import ObsinfraSavePlanner, ObsinfraWriter
+from obsinfra.backup.dcp_values import value_text
 from obsinfra.backup.state_tree import decode, encode
+from obsinfra.backup.tensors import dtype_name
 from obsinfra.errors import CheckpointError
 
 MARK = "$part"
@@ -28,51 +25,42 @@ DOCUMENT = "state document"
 TENSOR = "state tensor"
 
 
-def save_in_parts(
-    state: Mapping[str, Any],
-    store: Path,
-    *,
-    kind: Kind,
-    step: int,
-    epoch: int,
-    metrics: Mapping[str, float],
-    reason: str,
-    run: str,
-    resumable: bool,
-) -> SavedCheckpoint | None:
-    """Commit `state` durably, each rank its parts; a collective of all ranks, and all wait for it.
-
-    Returns:
-        What was saved, on rank 0 alone. Of `bytes_written` it is not known which were new: all are counted.
-
-    Raises:
-        CheckpointError: on every rank, when one of them failed; the store's checkpoints are as they were.
+def part_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's part of `state` for a snapshot, as `parts` takes it; its tensors are the live ones. What
+    several ranks have (HSDP) is in the part of the first. Not a collective.
     """
-    started = time.perf_counter()
-    writer = ObsinfraWriter(
-        store,
-        kind=kind,
-        step=step,
-        epoch=epoch,
-        metrics=metrics,
-        reason=reason,
-        run=run,
-        resumable=resumable,
+    items, values, shards = {}, {}, {}
+    for name, value in flat_state(state).items():
+        if not isinstance(value, torch.Tensor):
+            values[name] = value_text(name, value).decode("ascii")
+            continue
+        own, offsets, mine = value, [0] * value.dim(), True
+        if isinstance(value, DTensor):
+            own = value.to_local()
+            mine = _is_first(value) and (own.numel() > 0 or value.numel() == 0)
+            offsets = list(
+                compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)[1]
+            )
+        items[name] = {
+            "dtype": dtype_name(value.dtype),
+            "size": list(value.shape),
+            "requires_grad": value.requires_grad,
+        }
+        if mine:
+            shards[name] = {"offsets": offsets, "tensor": own}
+    return {"items": items if dist.get_rank() == 0 else {}, "values": values, "shards": shards}
+
+
+def _is_first(value: DTensor) -> bool:
+    """Whether this rank is the first of those that have the same part."""
+    place = value.device_mesh.get_coordinate() or ()
+    return not any(
+        at for at, placement in zip(place, value.placements, strict=True) if placement.is_replicate()
     )
-    try:
-        save(flat_state(state), storage_writer=writer, planner=ObsinfraSavePlanner())
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(f"rank {rank} could not write its part: {cause}") from error
-    if (saved := writer.saved) is None:
-        return None
-    seconds = time.perf_counter() - started
-    size = saved.bytes_total
-    return SavedCheckpoint(saved.path, saved.id, kind, step, epoch, size, size, seconds)
 
 
 def flat_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What this rank gives to `dcp.save`: parts by their place in the state; on rank 0 the rest, too."""
+    """By name: this rank's parts, by their place in the state; on rank 0 the rest, too."""
     parts: dict[str, Any] = {}
     rest = _split(state, "", parts)
     if dist.get_rank() != 0:
@@ -98,15 +86,20 @@ def nested_state(flat: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def everywhere(mine: bool, state: Mapping[str, Any]) -> bool:
-    """Whether every rank says so and its own parts of the model are finite; one small collective."""
-    model = [value.to_local() if isinstance(value, DTensor) else value for value in state["model"].values()]
-    floats = [value for value in model if torch.is_floating_point(value) and value.numel()]
-    flag = torch.tensor(float(mine and all(bool(torch.isfinite(value).all()) for value in floats)))
+def everywhere(mine: bool) -> bool:
+    """Whether every rank says so; one small collective."""
+    flag = torch.tensor(float(mine))
     if dist.get_backend() == "nccl":
         flag = flag.cuda()
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def finite(state: Mapping[str, Any]) -> bool:
+    """Whether this rank's parts of the model are."""
+    model = [value.to_local() if isinstance(value, DTensor) else value for value in state["model"].values()]
+    floats = [value for value in model if torch.is_floating_point(value) and value.numel()]
+    return all(bool(torch.isfinite(value).all()) for value in floats)
 
 
 def _split(value: Any, path: str, parts: dict[str, Any]) -> Any:

@@ -27,6 +27,9 @@ that know of no compression say so, instead of missing the chunks, and keeps the
 DISTRIBUTED = "dcp"
 """The type mark `$` of a distributed checkpoint's document, which `state_tree` does not know."""
 
+DISTRIBUTED_VERSION = 1
+"""Of that document's format."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:

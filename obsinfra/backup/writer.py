@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ import psutil
 
 from obsinfra.backup.compression import Compression
 from obsinfra.backup.manifest import Head, Manifest
+from obsinfra.backup.parts import Part, commit_part
 from obsinfra.backup.retention import Retention, prune, with_room
 from obsinfra.backup.slot import SlotReader
 from obsinfra.backup.store import CheckpointStore
@@ -76,6 +77,8 @@ class Order:
     kind: str
     reason: str
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    part: tuple[str, int, int, int] | None = None
+    """The fields of a `Part`: the slot has this rank's part of the state, and all ranks commit together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,14 @@ def commit_slot(
     order: Order,
     retention: Retention | None,
     last: Path | None = None,
+    gone: Callable[[], bool] = lambda: False,
 ) -> Done:
     """Commit the snapshot that lies in a slot. Nobody may overwrite it meanwhile.
 
     Args:
         retention: where space is short, prune by it first.
         last: what this process committed last.
+        gone: whether the trainer is; then a part does not wait long for the others.
 
     Raises:
         CheckpointError: the slot does not hold that snapshot, or there is too little free space.
@@ -131,11 +136,14 @@ def commit_slot(
     def commit() -> tuple[Manifest, int]:
         return store.commit(head, content.document, content.tensors)
 
-    needed = sum(len(tensor.data) for tensor in content.tensors)
-    with store.writing():
-        manifest, written = (
-            with_room(store, retention, needed, commit, last) if retention is not None else commit()
-        )
+    if order.part is not None:
+        manifest, written = commit_part(store, content, head, Part(*order.part), gone)
+    else:
+        needed = sum(len(tensor.data) for tensor in content.tensors)
+        with store.writing():
+            manifest, written = (
+                with_room(store, retention, needed, commit, last) if retention is not None else commit()
+            )
     return Done(
         path=str(manifest.path),
         id=manifest.id,
@@ -163,6 +171,15 @@ class Lines:
             OSError: nobody is there.
         """
         self._connection.sendall(json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n")
+
+    def ended(self) -> bool:
+        """Whether the other side is gone; waits for nothing, and takes nothing that was sent."""
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def receive(self) -> dict[str, Any] | None:
         """The next one; None when the other side is gone."""
@@ -221,7 +238,7 @@ class Writer:
 
     def _commit(self, order: Order) -> Done:
         slot = self._slots[order.slot]
-        done = commit_slot(self._store, slot, order, self._retention, self._last)
+        done = commit_slot(self._store, slot, order, self._retention, self._last, self._lines.ended)
         self._last = Path(done.path)
         if done.resumable:
             self._committed = max(self._committed, order.sequence)

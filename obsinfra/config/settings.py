@@ -254,7 +254,7 @@ class Settings(BaseModel):
     checkpoint_form: Literal["whole", "sharded"] = _setting(
         "whole",
         "Of a model in parts: whole (put together on rank 0) or, with --parallel fsdp or hsdp, sharded: each "
-        "rank writes its own part, all wait for it; emergencies are whole still.",
+        "rank's writer commits its own part, all as one; what is saved after a crash or a hang is whole.",
         group="Checkpoints",
     )
     checkpoint_compression: Literal["off", "auto"] = _setting(

@@ -12,8 +12,9 @@ from time import perf_counter
 from typing import Any, Literal
 
 from obsinfra.backup.background_mirror import BackgroundMirror, CheckpointMirror, MirrorReport, NoMirror
-from obsinfra.backup.backup_system import BackupSystem, SavedCheckpoint
+from obsinfra.backup.backup_system import BackupSystem
 from obsinfra.backup.checkpointer import Checkpointer, PendingCommit, create_checkpointer
+from obsinfra.backup.parts import Part
 from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings
 from obsinfra.errors import CheckpointError, ObsinfraError
@@ -64,6 +65,22 @@ class Committed:
     source: Source
 
 
+@dataclass(frozen=True, slots=True)
+class SharedStore:
+    """Where all ranks commit their parts of a state.
+
+    Attributes:
+        folder: the checkpoint folder, the same for all.
+        launch: the same on all ranks, of no other launch.
+        rank, size: which one this is, of how many.
+    """
+
+    folder: Path
+    launch: str
+    rank: int
+    size: int
+
+
 class Saving:
     """A commit under way: the loop has paid for the copy, the writer does the rest."""
 
@@ -107,8 +124,8 @@ class Keeper:
             in `mirror.jsonl`, what it copied after the trainer's end.
         ask_all: for a state in shards, of which a copy takes all ranks: has every rank call `agreed` at one
             boundary. None: this process has all of the state.
-        shared_store: of a state in shards, the folder into which every rank writes its own part, where
-            `settings.checkpoint_form` asks for that.
+        shared: of a state in shards, where every rank commits its own part, if `settings.checkpoint_form`
+            asks for that.
 
     Attributes:
         due: `perf_counter` moment at which `keep_up` wants to be called next.
@@ -125,11 +142,9 @@ class Keeper:
         run: str,
         log_path: Path,
         ask_all: Callable[[str], None] | None = None,
-        shared_store: Path | None = None,
+        shared: SharedStore | None = None,
     ) -> None:
         self.backup = backup
-        sharded = settings.checkpoint_form == "sharded" and not settings.disable_backups
-        self._shared_store, self._run = (shared_store if sharded else None), run
         self._ask_all = ask_all
         self._lends = ask_all is not None and not settings.disable_backups
         self._state = state
@@ -150,6 +165,17 @@ class Keeper:
                 log_path=log_path,
                 retention=backup.policy,
                 compression=settings.checkpoint_compression,
+            )
+        self._shared = shared
+        self._parts: Checkpointer | None = None
+        self._parts_made = 0
+        if shared is not None:
+            self._parts = create_checkpointer(
+                shared.folder,
+                run=run,
+                on_event=self._on_event,
+                log_path=log_path.with_name(f"part-writer-rank{shared.rank}.jsonl"),
+                retention=backup.policy if backup is not None else None,
             )
         self._mirror = self._mirror_of(backup, run, log_path)
         self.last_commit_seconds = 0.0
@@ -257,8 +283,8 @@ class Keeper:
         Returns:
             None when backups are disabled or nothing could be copied (counted and logged).
         """
-        if self._shared_store is not None and kind != "emergency":
-            return self._save_in_parts(self._shared_store, kind, request, epoch)
+        if self._parts is not None and self._shared is not None:
+            return self._begin_in_parts(self._parts, self._shared, kind, request, epoch)
         if self._checkpointer is None:
             self._lend()
             return None
@@ -302,11 +328,12 @@ class Keeper:
                 saving.wait()
 
     def close(self, timeout: float) -> None:
-        """Wait for what is being committed, then end the writer; it goes on alone after `timeout` seconds.
+        """Wait for what is being committed, then end the writers; they go on alone after `timeout` seconds.
 
         The mirror is not waited for: its process goes on until all is copied, for a bounded time.
         """
-        if self._checkpointer is not None and not self._checkpointer.close(timeout):
+        closed = [one.close(timeout) for one in (self._parts, self._checkpointer) if one is not None]
+        if not all(closed):
             self._errors.error("checkpoints_not_finished", seconds=timeout)
         self._mirror.close()
 
@@ -318,40 +345,55 @@ class Keeper:
             with self._recorder.phase("checkpoint"):
                 self._state.capture()
 
-    def _save_in_parts(self, store: Path, kind: Kind, request: Request, epoch: int) -> Saving | None:
-        """Every rank writes its own part, and waits until all have; rank 0 commits and tells of it."""
+    def _begin_in_parts(
+        self, parts: Checkpointer, shared: SharedStore, kind: Kind, request: Request, epoch: int
+    ) -> Saving | None:
+        """Every rank, at the same boundary: copy this rank's part; all writers commit them as one."""
         from obsinfra.backup import dcp_state
 
-        saved: SavedCheckpoint | None = None
         self._mirror.start()
+        self._parts_made += 1
         with self._recorder.phase("checkpoint"):
-            try:
-                state = self._state.capture(in_parts=True)
-                if not dcp_state.everywhere(self.sound(), state):
-                    raise CheckpointError("the state is not finite on every rank")
-                saved = dcp_state.save_in_parts(
-                    state,
-                    store,
-                    kind=kind,
-                    step=self._recorder.step,
-                    epoch=epoch,
-                    metrics=self._metrics(),
-                    reason=request.reason,
-                    run=self._run,
-                    resumable=kind != "best",
-                )
-                if saved is not None and self.backup is not None:
-                    self.backup.prune(saved.path)
-            except (OSError, ObsinfraError) as error:
-                if self.backup is not None:
-                    self._failed(kind, str(error))
+            state = self._state.capture(in_parts=True)
+            sound = dcp_state.everywhere(self.sound() and dcp_state.finite(state))
+            taken = False
+            if sound:
+                try:
+                    taken = parts.snapshot(
+                        dcp_state.part_of(state),
+                        step=self._recorder.step,
+                        epoch=epoch,
+                        metrics=self._metrics(),
+                        sound=False,  # a part by itself is nothing that its writer could commit
+                        wait=SLOT_SECONDS,
+                    )
+                except (OSError, ObsinfraError) as error:
+                    self._errors.error("part_not_copied", rank=shared.rank, error=str(error))
+            taken = dcp_state.everywhere(taken)
+        saving = None
+        if taken:
+            saving = self._commit_part(parts, shared, kind, request)
+        elif kind == "emergency":  # the last sound snapshot, which is whole
+            saving = self.begin_snapshot(request)
+        elif self.backup is not None:
+            why = "not every rank could copy its part" if sound else "the state is not finite on every rank"
+            self._failed(kind, why)
         if self.backup is not None and kind == "regular":
             self._rest()
-        if saved is None:
-            return None
-        saving = Saving()
-        saving.settle(self._reported(saved, request, "live state"))
         return saving
+
+    def _commit_part(
+        self, parts: Checkpointer, shared: SharedStore, kind: Kind, request: Request
+    ) -> Saving | None:
+        pending = parts.commit(
+            kind,
+            request.reason,
+            attributes={"resumable": kind != "best"},
+            part=Part(shared.launch, self._parts_made, shared.rank, shared.size),
+        )
+        if self.backup is None:  # rank 0 tells of it, and of what failed
+            return None
+        return self._under_way_until(pending, request, "live state")
 
     def _take(self, epoch: int, *, urgent: bool, wait: float) -> str | None:
         """Copy the state; why it was not copied, if so."""
@@ -389,6 +431,9 @@ class Keeper:
         except ObsinfraError as error:
             self._failed(kind, str(error))
             return None
+        return self._under_way_until(pending, request, source)
+
+    def _under_way_until(self, pending: PendingCommit, request: Request, source: Source) -> Saving:
         saving = Saving()
         self._under_way.add(saving)
         saving.then(lambda _: self._under_way.discard(saving))
@@ -402,9 +447,6 @@ class Keeper:
         except (OSError, ObsinfraError) as error:
             self._failed(pending.kind, str(error))
             return None
-        return self._reported(saved, request, source)
-
-    def _reported(self, saved: SavedCheckpoint, request: Request, source: Source) -> Committed:
         self.last_commit_seconds = saved.duration_seconds
         self._mirror.committed()
         self._monitor.checkpoint_committed(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -42,7 +43,7 @@ from obsinfra.observation.agreement import Request as Agreed
 from obsinfra.observation.alert_duty import AlertDuty
 from obsinfra.observation.executors import EXECUTORS
 from obsinfra.observation.flight_record import dump_collectives
-from obsinfra.observation.keeper import Keeper, Kind, Request
+from obsinfra.observation.keeper import Keeper, Kind, Request, SharedStore
 from obsinfra.observation.learning_rate import LearningRateScale
 from obsinfra.observation.position import DataPosition
 from obsinfra.observation.ranks import Ranks, Restart, cause_of, present_ranks
@@ -269,7 +270,7 @@ class ObservedRun:
             run=self.folder.id,
             log_path=self.folder.logs / "writer.jsonl",
             ask_all=(lambda what: ranks.post("copy", {"what": what})) if in_shards else None,
-            shared_store=self.folder.checkpoints if in_shards else None,
+            shared=self._shared_store(ranks) if in_shards else None,
         )
         self._door = SignalDoor(
             settings.stop_signals, on_signal=self._on_signal, on_second_interrupt=self._on_second_interrupt
@@ -325,6 +326,13 @@ class ObservedRun:
                 )
 
         self.ranks.share("first snapshot", raise_it)
+
+    def _shared_store(self, ranks: Ranks) -> SharedStore | None:
+        """Where the ranks' writers commit their parts, if they are to; what all ranks call at the start."""
+        if self.settings.checkpoint_form != "sharded" or self.settings.disable_backups:
+            return None
+        launch = ranks.share("checkpoint parts", lambda: secrets.token_hex(4))
+        return SharedStore(self.folder.checkpoints, launch, ranks.rank, ranks.size)
 
     # ---- the loop's side -------------------------------------------------------------------------
 

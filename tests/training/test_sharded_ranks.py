@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from rank_faults import AT_STEP
 from rank_processes import in_group, trained, whole
 from torch import nn
+from waiting import wait_for
 
 from obsinfra.backup.backup_system import create_backup_system
 from obsinfra.backup.compare import count_tensors, differences
-from obsinfra.backup.dcp import ObsinfraWriter
+from obsinfra.backup.heir import wait_for_heir
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import new_command
 from obsinfra.errors import ConfigError
@@ -26,6 +29,7 @@ from obsinfra.optimization.fsdp import blocks_of
 from obsinfra.training.parallelism import choose_parallelism
 from obsinfra.training.preflight import check
 from obsinfra.training.trainer import Trainer
+from obsinfra.workloads.byte_gpt import SIZES, ByteGPT
 from obsinfra.workloads.registry import create_workload
 
 pytestmark = pytest.mark.slow
@@ -127,35 +131,93 @@ def test_a_run_in_parts_goes_on_alone(tmp_path: Path) -> None:
 
 
 def _in_parts(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
-    """A part that cannot be written fails the checkpoint on both; then train."""
+    """No loop waits for a commit; a part that cannot be written fails it on both; then train."""
     kept: list[Any] = []
 
     def fail_once(run: ObservedRun) -> None:
-        write = ObsinfraWriter.write_data
+        def committed() -> int:
+            return len(list(run.folder.checkpoints.glob("manifests/*.json")))
+
+        run.checkpoint("regular", "both")
+        dist.barrier()
+        kept.append(committed())
         if ranks.rank == 1:
-            ObsinfraWriter.write_data = _full_disk  # type: ignore[method-assign]
-        kept.extend(
-            [
-                run.checkpoint("regular", "a full disk"),
-                len(list(run.folder.checkpoints.glob("manifests/*.json"))),
-            ]
-        )
-        ObsinfraWriter.write_data = write  # type: ignore[method-assign]
+            writer().suspend()
+        dist.barrier()
+        run.checkpoint("best", "in the background", wait=False)
+        kept.append(committed())
+        dist.barrier()
+        if ranks.rank == 1:
+            writer().resume()
+        run.keeper.settle()
+        dist.barrier()
+        kept.append(committed())
+        limit = writer().rlimit(psutil.RLIMIT_FSIZE)
+        if ranks.rank == 1:
+            writer().rlimit(psutil.RLIMIT_FSIZE, (0, limit[1]))
+        dist.barrier()
+        kept.append(run.checkpoint("regular", "a full disk"))
+        dist.barrier()
+        kept.append(committed())
+        writer().rlimit(psutil.RLIMIT_FSIZE, limit)
 
     return {**trained(ranks, output, fail_once, **settings), "kept": kept}
 
 
-def _full_disk(*arguments: Any) -> Any:
-    raise OSError(errno.ENOSPC, "no space left")
+def writer() -> psutil.Process:
+    """The process that commits this rank's parts."""
+    found = [child for child in psutil.Process().children() if "part-writer" in " ".join(child.cmdline())]
+    assert len(found) == 1
+    return found[0]
+
+
+def _killed(ranks: Any, output: Path, settings: dict[str, Any]) -> Any:
+    """Rank 1's writer is stopped, so that a checkpoint is half made when everything of this run dies."""
+
+    def die(run: ObservedRun) -> None:
+        run.checkpoint("regular", "sound")
+        dist.barrier()
+        own = writer()
+        if ranks.rank == 1:
+            own.suspend()
+        dist.barrier()
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.add_(1.0)
+        run.checkpoint("final", "torn", wait=False)
+        met = run.folder.checkpoints / "parts"
+        if ranks.rank == 0:  # its own part is durable, and its writer waits for the other
+            wait_for(lambda: list(met.glob("*-2/0.json")), "a part of the second", seconds=30)
+        dist.barrier()
+        if ranks.rank == 1:
+            own.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return trained(ranks, output, die, **settings)
+
+
+def test_all_killed_in_the_middle_of_a_checkpoint_leave_the_former_sound(tmp_path: Path) -> None:
+    form = {**GPT, "checkpoint_form": "sharded", "parallel": "fsdp", "max_steps": 3}
+    assert in_group(2, _killed, tmp_path, form) == ["died", "died"]
+    assert wait_for_heir(tmp_path / "r" / "checkpoints", 60)
+    store = create_backup_system(tmp_path / "r" / "checkpoints")
+    (former,) = (found for found in store.list() if found.in_parts)
+    assert former.kind == "regular"
+    kept = store.load(former.path)
+    torch.manual_seed(0)  # as the trainer does
+    assert differences(kept.state["model"], ByteGPT(SIZES["nano"]).state_dict()) == []
+    two = in_group(2, _trained, tmp_path, {**form, "run": None, "resume": "r"})
+    assert all(isinstance(rank, dict) and rank["step"] == 3 for rank in two), two
+    assert [found.step for found in store.list() if found.in_parts] == [0, 3]
 
 
 def test_each_rank_writes_its_part_and_any_number_of_ranks_goes_on_from_them(tmp_path: Path) -> None:
     """Two ranks, then two pairs, then one process: parameters and moments are put back bit for bit."""
     form = {**GPT, "checkpoint_form": "sharded"}
     two = in_group(2, _in_parts, tmp_path, {**form, "parallel": "fsdp", "max_steps": 3})
-    assert [rank["kept"] for rank in two] == [[None, 0]] * 2, two
+    assert [rank["kept"] for rank in two] == [[1, 1, 2, None, 2]] * 2, two
     errors = (tmp_path / "r" / "logs" / "errors.jsonl").read_text()
-    assert "rank 1 could not write its part" in errors and "no space left" in errors
+    assert "rank 1 could not write its part" in errors
     pairs = {**form, "parallel": "hsdp", "shard_size": 2, "run": None, "resume": "r", "max_steps": 5}
     four = in_group(4, _handed_over, tmp_path, pairs)
     assert all(isinstance(rank, dict) for rank in four), four
