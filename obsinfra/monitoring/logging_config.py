@@ -3,7 +3,7 @@
 `training` is what the model does, `performance` how fast, `system` what happened around it. `errors` gets
 what is logged to it, and a copy of every warning or worse of the other three. Before `configure_logging`
 (a library use) events go to the standard library's loggers `obsinfra.<channel>`: the host program decides;
-`log_beside` writes the files all the same.
+`log_beside` writes the files of each run all the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +47,8 @@ def get_logger(channel: str) -> Any:
 
     Its methods are `debug`, `info`, `warning`, `error`, `exception` and `critical`, each taking an event name
     and values. `exc_info` is an exception, or True for the one being handled. `terminal=False` keeps an event
-    off the terminal. Nothing it does raises.
+    off the terminal. Nothing it does raises. One that is made by a part of a run, while that is built, writes
+    to that run's files; any other to those of every run there is.
 
     Raises:
         ValueError: there is no such channel.
@@ -60,6 +62,7 @@ def get_logger(channel: str) -> Any:
         wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
         context_class=dict,
         channel=channel,
+        _of_run=_under_construction.get(),
     )
 
 
@@ -68,28 +71,6 @@ def bind(**values: Any) -> None:
     gone = [key for key, value in values.items() if value is None]
     structlog.contextvars.unbind_contextvars(*gone)
     structlog.contextvars.bind_contextvars(**{key: values[key] for key in values if key not in gone})
-
-
-def set_context_source(source: Callable[[], Mapping[str, Any]] | None) -> None:
-    """Ask `source` for values (`step`, `trace_id`) at every event that has none of its own.
-
-    So the step path need not bind anything; a value of None is left out.
-    """
-    global _context_source
-    _context_source = source
-
-
-def set_log_level(level: str) -> str | None:
-    """Change the least level written until the process ends, or until `configure_logging` is called again.
-
-    Returns:
-        The level until now; None when nothing is configured, where the host program decides.
-
-    Raises:
-        ConfigError: unknown level.
-    """
-    least, sink = _level(level), _sink
-    return sink.set_least(least) if sink is not None else None
 
 
 def log_errors() -> int:
@@ -133,35 +114,87 @@ def configure_logging(
     _sink = _Sink(files, _identity(run, model, rank), least, shown if terminal else None)
 
 
+class RunLog:
+    """The log of one run among those of this process; made by `log_beside`.
+
+    Args:
+        sink: its files; None where `configure_logging` decides where events go.
+        context: asked for values (`step`, `trace_id`) at every event, so that the step path binds none; one
+            of None is left out.
+    """
+
+    def __init__(self, sink: _Sink | None, context: Callable[[], Mapping[str, Any]]) -> None:
+        self.sink = sink
+        self.context = context
+
+    def built(self) -> None:
+        """The run's parts are there: loggers that are made from now on are not known to be its own."""
+        if _under_construction.get() is self:
+            _under_construction.set(None)
+
+    def logger(self, channel: str) -> Any:
+        """What `get_logger` gives, for this run alone."""
+        return get_logger(channel).bind(_of_run=self)
+
+    def set_level(self, level: str) -> str | None:
+        """Change the least level written, until the run ends or `configure_logging` is called.
+
+        Returns:
+            The level until now; None where nothing is written.
+
+        Raises:
+            ConfigError: unknown level.
+        """
+        least, sink = _level(level), _sink or self.sink
+        return sink.set_least(least) if sink is not None else None
+
+    def end(self) -> None:
+        """Close its files. May be called twice."""
+        self.built()
+        if self in _run_logs:
+            _run_logs.remove(self)
+        self.close_files()
+
+    def close_files(self) -> None:
+        """Write no more; what is logged goes to the standard library's loggers alone."""
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            sink.close()
+
+
 def log_beside(
-    log_dir: Path, *, level: str = "info", run: str = "", model: str = "", rank: int = 0
-) -> Callable[[], None]:
+    log_dir: Path,
+    *,
+    level: str = "info",
+    run: str = "",
+    model: str = "",
+    rank: int = 0,
+    context: Callable[[], Mapping[str, Any]] = dict,
+) -> RunLog:
     """In a program that configures its own logging: write this package's events to the run's files, too.
 
-    They go to the standard library's loggers as before. Does nothing after `configure_logging`, or while
-    another run of this process does it.
+    They go to the standard library's loggers as before. Opens no files after `configure_logging`. Several
+    runs of one process each have their own: an event that belongs to none of them is in the files of all.
 
     Args:
         log_dir, level, run, model, rank: as for `configure_logging`.
+        context: as for `RunLog`.
 
     Returns:
-        What ends it.
+        The run's log. Loggers that this thread makes until `built` is called write to it alone.
 
     Raises:
         ConfigError: unknown level, or a file cannot be opened.
     """
-    global _sink
     least = _level(level)
-    if _sink is not None:
-        return lambda: None
-    files = _open_files(log_dir, rank, MAX_BYTES, BACKUPS)
-    _sink = mine = _Sink(files, _identity(run, model, rank), least, None, beside=True)
-
-    def end() -> None:
-        if _sink is mine:
-            shutdown_logging()
-
-    return end
+    sink = None
+    if _sink is None:
+        files = _open_files(log_dir, rank, MAX_BYTES, BACKUPS)
+        sink = _Sink(files, _identity(run, model, rank), least, None, beside=True)
+    made = RunLog(sink, context)
+    _run_logs.append(made)
+    _under_construction.set(made)
+    return made
 
 
 def _identity(run: str, model: str, rank: int) -> dict[str, Any]:
@@ -188,11 +221,13 @@ def _open_files(log_dir: Path, rank: int, max_bytes: int, backups: int) -> dict[
 
 
 def shutdown_logging() -> None:
-    """Close what `configure_logging` opened and leave the standard library as it was. May be called twice."""
+    """Close all log files and leave the standard library as it was. May be called twice."""
     global _sink
     sink, _sink = _sink, None
     if sink is not None:
         sink.close()
+    for run_log in _run_logs:
+        run_log.close_files()
 
 
 class _Sink:
@@ -241,7 +276,14 @@ class _Sink:
             for file in self._files.values():
                 file.close()
 
-    def write(self, level: int, channel: str, event: Mapping[str, Any], exc_info: ExcInfo | None) -> None:
+    def write(
+        self,
+        level: int,
+        channel: str,
+        event: Mapping[str, Any],
+        exc_info: ExcInfo | None,
+        of_run: RunLog | None = None,
+    ) -> None:
         """One event to its channel's file, a copy of bad news to `errors`, and to the terminal."""
         if level < self.least:
             return
@@ -255,7 +297,7 @@ class _Sink:
                 "event": values.pop("event", ""),
                 "channel": channel,
                 **self._identity,
-                **_present_context(),
+                **_present_context(of_run),
                 **structlog.contextvars.get_contextvars(),
                 **values,
             }
@@ -324,10 +366,13 @@ def _route(logger: Any, method: str, event: MutableMapping[str, Any]) -> NoRetur
     values = dict(event)
     channel = str(values.pop("channel"))
     exc_info = _exc_info(values.pop("exc_info", None))
-    sink = _sink
-    if sink is not None:
-        sink.write(level, channel, values, exc_info)
-    if sink is None or sink.beside:
+    of_run: RunLog | None = values.pop("_of_run")
+    if (sink := _sink) is not None:
+        sink.write(level, channel, values, exc_info, of_run)
+    else:
+        for run_log in [of_run] if of_run is not None else list(_run_logs):
+            if (sink := run_log.sink) is not None:
+                sink.write(level, channel, values, exc_info, run_log)
         values.pop("terminal", None)
         name = str(values.pop("event", ""))
         host = logging.getLogger(f"obsinfra.{channel}")
@@ -349,8 +394,10 @@ def _exc_info(given: Any) -> ExcInfo | None:
     return None
 
 
-def _present_context() -> dict[str, Any]:
-    values = _context_source() if _context_source is not None else {}
+def _present_context(of_run: RunLog | None) -> dict[str, Any]:
+    """What the run says of itself now; of an event that names no run, the newest one."""
+    run_log = of_run or (_run_logs[-1] if _run_logs else None)
+    values = run_log.context() if run_log in _run_logs and run_log is not None else {}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -375,11 +422,13 @@ def _count_error() -> None:
 
 def _after_fork_in_child() -> None:
     """A data-loader worker logs on, but the lock it inherited may be held by a thread it does not have."""
-    if _sink is not None:
-        _sink.lock = threading.Lock()
+    for sink in (_sink, *(run_log.sink for run_log in _run_logs)):
+        if sink is not None:
+            sink.lock = threading.Lock()
 
 
 _sink: _Sink | None = None
-_context_source: Callable[[], Mapping[str, Any]] | None = None
+_run_logs: list[RunLog] = []
+_under_construction: ContextVar[RunLog | None] = ContextVar("obsinfra_run_under_construction", default=None)
 _log_errors = 0
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -17,7 +17,6 @@ from obsinfra.backup.backup_system import LoadedCheckpoint, create_backup_system
 from obsinfra.catalog import actions as catalog
 from obsinfra.catalog.metrics import MFU_RATIO
 from obsinfra.errors import CheckpointError, CommandError
-from obsinfra.monitoring.logging_config import get_logger, set_log_level
 from obsinfra.observation import rollback
 from obsinfra.observation.actions import NOT_COMMITTED, Executor, Order, Steps, where
 from obsinfra.observation.flight_record import dump_collectives
@@ -174,7 +173,7 @@ def _scale_lr(run: ObservedRun, order: Order) -> Result:
         "scale": scale.total,
         "lasts": scale.lasts,
     }
-    get_logger("training").warning("learning_rate_scaled", at_step=run.step, reason=order.reason, **facts)
+    run.log.logger("training").warning("learning_rate_scaled", at_step=run.step, reason=order.reason, **facts)
     return facts
 
 
@@ -219,7 +218,7 @@ def _rollback(run: ObservedRun, order: Order) -> Result:
     if facts["skipped_steps"]:
         saved = run.keeper.commit("regular", Request.now(order.reason), run.epoch)
     if backup is None:  # one store for all ranks, and rank 0 keeps it
-        get_logger("training").warning("rolled_back", at_step=to_step, reason=order.reason, **facts)
+        run.log.logger("training").warning("rolled_back", at_step=to_step, reason=order.reason, **facts)
         return facts
     problems = []
     if facts["skipped_steps"] and saved is None:
@@ -241,7 +240,7 @@ def _rollback(run: ObservedRun, order: Order) -> Result:
             f"not noted in the run folder ({error}); a restart would go on from before the rollback"
         )
     facts["problems"] = problems
-    get_logger("training").warning("rolled_back", at_step=to_step, reason=order.reason, **facts)
+    run.log.logger("training").warning("rolled_back", at_step=to_step, reason=order.reason, **facts)
     return facts
 
 
@@ -267,7 +266,7 @@ def _target(run: ObservedRun, order: Order) -> LoadedCheckpoint:
 
 
 def _set_log_level(run: ObservedRun, order: Order) -> Result:
-    before = set_log_level(order.arguments["level"])
+    before = run.log.set_level(order.arguments["level"])
     if before is None:
         raise CommandError(
             "this run's host program configures logging; expected one that obsinfra configured"

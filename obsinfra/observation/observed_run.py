@@ -35,7 +35,7 @@ from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import Ack, Command
 from obsinfra.errors import CheckpointError, ConfigError, NonFiniteLossError
-from obsinfra.monitoring.logging_config import get_logger, log_beside, set_context_source
+from obsinfra.monitoring.logging_config import get_logger, log_beside
 from obsinfra.monitoring.recorder import _Phase
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.observation.actions import Actions, Order, where
@@ -186,8 +186,6 @@ class ObservedRun:
         self.cut_short = False
         self.after_step: Callable[[], None] = _nothing
         self.position = DataPosition()
-        self._log = get_logger("training")
-        self._system_log = get_logger("system")
         self._acting = threading.RLock()
         self._attention = False
         self._ended = False
@@ -207,13 +205,17 @@ class ObservedRun:
         ranks.share("folder", self.folder.create)  # rank 0 makes it; its errors are everyone's
         self.folder.create()
         ranks.share("lock", self.folder.lock)
-        self._end_logging = log_beside(
+        self.log = log_beside(
             self.folder.logs,
             level=settings.log_level,
             run=self.folder.id,
             model=model_name,
             rank=ranks.rank,
+            context=self._where,
         )
+        self._log = get_logger("training")
+        self._system_log = get_logger("system")
+        self._error_log = get_logger("errors")
         self.channel = ranks.channel(
             self.folder,
             on_garbage=self._on_garbage,
@@ -247,7 +249,6 @@ class ObservedRun:
         self.monitor.optimizer = parts.get("optimizer")
         self._recorder = self.monitor.recorder
         self.card = RunCard(self.folder, self.monitor, settings, revision)
-        set_context_source(lambda: {"step": self.step, "trace_id": self.monitor.trace_id})
         in_shards = not ranks.alone and is_in_shards(model)
         self._recorder.own_time_known &= not in_shards
         self._state = LoopState(
@@ -299,11 +300,12 @@ class ObservedRun:
             self._close_doors()
             self.keeper.close(CLOSE_SECONDS)
             self.monitor.stop_monitoring()
-            self._end_logging()
+            self.log.end()
             self.folder.unlock()
             if made:
                 shutil.rmtree(self.folder.root, ignore_errors=True)
             raise
+        self.log.built()
         self._system_log.info("run_started", resumed_from_step=self.monitor.resumed_from_step)
         atexit.register(self.finish)
         self._previous_excepthook = sys.excepthook
@@ -335,6 +337,11 @@ class ObservedRun:
         return SharedStore(self.folder.checkpoints, launch, ranks.rank, ranks.size)
 
     # ---- the loop's side -------------------------------------------------------------------------
+
+    def _where(self) -> dict[str, Any]:
+        """Where it stands, for its log; nothing while it is built."""
+        monitor = getattr(self, "monitor", None)
+        return {} if monitor is None else {"step": monitor.recorder.step, "trace_id": monitor.trace_id}
 
     @property
     def step(self) -> int:
@@ -610,7 +617,7 @@ class ObservedRun:
         self.card.show_state(state, reason)
         self.monitor.stop_monitoring()
         self.card.note_progress(self.step, self.position.epoch)
-        self._end_logging()
+        self.log.end()
         self.folder.unlock()
         atexit.unregister(self.finish)
         if sys.excepthook == self._excepthook:
@@ -626,7 +633,7 @@ class ObservedRun:
         self._recorder.abandon_step()
         reason = f"{type(error).__name__}: {error}"[:500]
         # Not on the terminal: whoever catches the error, or Python itself, shows it there.
-        get_logger("errors").error(
+        self._error_log.error(
             "training_failed", at_step=self.step, error=reason, exc_info=error, terminal=False
         )
         if cause_of([reason]) == "timeout":  # a collective that one of the ranks did not come to
@@ -734,7 +741,7 @@ class ObservedRun:
         self._nonfinite_seen = self._recorder.nonfinite
         loss, norm = self._recorder.last_loss, self._recorder.last_grad_norm
         stops = self.settings.on_nonfinite == "stop"
-        get_logger("errors").error(
+        self._error_log.error(
             "nonfinite_loss", at_step=self.step, loss=str(loss), grad_norm=str(norm), terminal=not stops
         )
         if stops:
@@ -829,7 +836,6 @@ class ObservedRun:
     def _close_doors(self) -> None:
         self._watchdog.stop()
         self._door.uninstall()
-        set_context_source(None)
         self.channel.stop()
 
     def _on_arrival(self) -> None:

@@ -25,8 +25,8 @@ from obsinfra.monitoring.logging_config import (
     bind,
     configure_logging,
     get_logger,
+    log_beside,
     log_errors,
-    set_context_source,
     shutdown_logging,
 )
 
@@ -37,7 +37,6 @@ def _left_as_found() -> Iterator[None]:
     before = (root.level, list(root.handlers))
     yield
     shutdown_logging()
-    set_context_source(None)
     structlog.contextvars.clear_contextvars()
     assert (root.level, list(root.handlers)) == before
 
@@ -124,7 +123,7 @@ def test_step_and_trace_are_there_when_bound(tmp_path: Path) -> None:
 def test_the_present_step_is_asked_for_only_when_something_is_logged(tmp_path: Path) -> None:
     into(tmp_path)
     steps = iter([5, 6])
-    set_context_source(lambda: {"step": next(steps), "trace_id": None})
+    run = log_beside(tmp_path, context=lambda: {"step": next(steps), "trace_id": None})
     log = get_logger("training")
     log.info("a")
     log.debug("not written, so not asked")
@@ -132,6 +131,7 @@ def test_the_present_step_is_asked_for_only_when_something_is_logged(tmp_path: P
     log.info("c")
     assert [line["step"] for line in read(tmp_path, "training")] == [5, 99]
     assert log_errors() > 0  # the source failed at c: counted, and the loop went on
+    run.end()
 
 
 def test_an_exception_is_a_structured_traceback(tmp_path: Path) -> None:

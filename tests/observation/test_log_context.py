@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +80,30 @@ def test_a_plain_loops_events_are_in_its_folder_and_in_the_programs_own_logging(
     assert json.loads(texts["errors"]) == event
     assert "run_ended" in texts["system"] and "not ours" not in texts["system"]
     assert "odd number=7" in caplog.messages and "after its end" in caplog.messages
+
+
+def test_two_runs_at_once_each_log_to_their_own_folder(tmp_path: Path) -> None:
+    def channel_of(name: str) -> list[dict[str, Any]]:
+        lines = (tmp_path / name / "logs" / "training.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    first, second = (
+        observe(nn.Linear(2, 1), output_dir=tmp_path, run=name, disable_monitoring=True)
+        for name in ("first", "second")
+    )
+    for _ in zip(first.steps([1, 2]), second.steps([1]), strict=False):
+        get_logger("training").info("of neither")
+        first.log_validation({"loss": 0.5})
+        second.log_validation({"loss": 0.25})
+    first.finish()
+    second.log_validation({"loss": 0.125})
+    second.finish()
+    for name, losses in (("first", [0.5]), ("second", [0.25, 0.125])):
+        events = channel_of(name)
+        assert {event["run"] for event in events} == {name}
+        told = [event for event in events if event["event"] == "validation"]
+        assert [event["loss"] for event in told] == losses
+        assert all("step" in event for event in told)
+        assert [event["event"] for event in events].count("of neither") == 1
+        system = (tmp_path / name / "logs" / "system.jsonl").read_text()
+        assert system.count('"event": "run_started"') == system.count('"event": "run_ended"') == 1
