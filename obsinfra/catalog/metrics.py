@@ -412,9 +412,9 @@ SIDECAR_WEBHOOKS = Metric(
 SIDECAR_ALERTS = Metric(
     "obsinfra_sidecar_alerts",
     "counter",
-    "Alerts by what was decided about them, when heard of or later (accepted, duplicate, informed, resolved, "
-    "escalated, undone, cool_down, hourly_limit, dry_run, no_run, unknown_run, run_ended, unknown_action, "
-    "expired).",
+    "Alerts by what was decided about them, when heard of or later (accepted, duplicate, again, informed, "
+    "resolved, escalated, undone, cool_down, hourly_limit, dry_run, no_run, unknown_run, run_ended, "
+    "unknown_action, expired).",
     ("decision",),
     source="sidecar",
 )

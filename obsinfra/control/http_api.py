@@ -408,7 +408,7 @@ def _firing(sidecar: Sidecar, firing: Firing) -> FiringView:
         starts_at=firing.starts_at,
         steps_taken=firing.taken,
         next_step=next_step,
-        next_at=firing.next_at,
+        next_at=firing.next_at if next_step is not None else None,
     )
 
 

@@ -48,7 +48,8 @@ CREATE INDEX IF NOT EXISTS commands_by_time ON commands (received_at);
 CREATE TABLE IF NOT EXISTS firings (
     run TEXT NOT NULL, fingerprint TEXT NOT NULL, starts_at REAL NOT NULL, name TEXT NOT NULL,
     severity TEXT NOT NULL, summary TEXT NOT NULL, label TEXT NOT NULL, taken INTEGER NOT NULL,
-    next_at REAL, undo TEXT NOT NULL, resolved_at REAL, PRIMARY KEY (run, fingerprint, starts_at));
+    next_at REAL, undo TEXT NOT NULL, resolved_at REAL, again INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (run, fingerprint, starts_at));
 CREATE INDEX IF NOT EXISTS firings_due ON firings (next_at) WHERE next_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS firings_open ON firings (run) WHERE resolved_at IS NULL;
 """
@@ -107,6 +108,7 @@ class Firing:
         next_at: when the next one is due; None: there is none.
         undo: actions to be undone when it resolves, in the order they were taken.
         resolved_at: when that was heard; None while it fires.
+        again: how often it fired again after its end, with the same start.
     """
 
     run: str
@@ -120,6 +122,7 @@ class Firing:
     next_at: float | None
     undo: tuple[str, ...] = ()
     resolved_at: float | None = None
+    again: int = 0
 
 
 class Pages:
@@ -188,7 +191,7 @@ class Pages:
         values = asdict(firing) | {"undo": ",".join(firing.undo)}
         self._cursor.execute(
             "INSERT OR REPLACE INTO firings VALUES (:run, :fingerprint, :starts_at, :name, :severity,"
-            " :summary, :label, :taken, :next_at, :undo, :resolved_at)",
+            " :summary, :label, :taken, :next_at, :undo, :resolved_at, :again)",
             values,
         )
 
@@ -451,6 +454,9 @@ def _migrate(database: sqlite3.Connection) -> None:
     columns = [row[1] for row in database.execute("PRAGMA table_info(alerts)")]
     if columns and "action" not in columns:
         database.execute("ALTER TABLE alerts ADD COLUMN action TEXT NOT NULL DEFAULT ''")
+    columns = [row[1] for row in database.execute("PRAGMA table_info(firings)")]
+    if columns and "again" not in columns:
+        database.execute("ALTER TABLE firings ADD COLUMN again INTEGER NOT NULL DEFAULT 0")
     database.executescript(_SCHEMA)
 
 

@@ -49,10 +49,16 @@ RESTART_GRACE_SECONDS = 15.0
 UNSURE_SECONDS = 15.0
 """A step waits so long when it cannot be known whether its alert still fires."""
 
+LATE_SECONDS = 60.0
+"""With no Alertmanager to be asked: what is heard so soon after its alert's end was sent before it."""
+
+WATCH_SECONDS = 60.0
+"""An alert with no step left, but something to undo, is asked about so often: its end may go unheard."""
+
 UNUSABLE_DECISIONS = ("no_run", "unknown_run", "run_ended", "unknown_action", "expired")
 """An action was asked for that cannot be done; worth a warning."""
 
-QUIET_DECISIONS = ("duplicate", "informed", "resolved")
+QUIET_DECISIONS = ("duplicate", "again", "informed", "resolved")
 """Nothing was done and nothing was wrong."""
 
 HELD_BACK = ("cool_down", "hourly_limit", "dry_run")
@@ -61,6 +67,7 @@ HELD_BACK = ("cool_down", "hourly_limit", "dry_run")
 ALERT_DECISIONS = (
     "accepted",
     "duplicate",
+    "again",
     "informed",
     "resolved",
     "escalated",
@@ -116,13 +123,14 @@ class Sidecar:
         output_dir: Path,
         state_dir: Path,
         policy: Policy = DEFAULT_POLICY,
-        still_firing: StillFiring = lambda firing: True,
+        still_firing: StillFiring | None = None,
         alerts_come: Callable[[], bool] = lambda: True,
         loopback_host: str | None = None,
         page: str | None = None,
     ) -> None:
         self.output_dir, self.state_dir, self.policy = output_dir, state_dir, policy
         self._still_firing = still_firing
+        self._watches = WATCH_SECONDS if still_firing is not None else None
         self.instruments = Instruments()
         self._log = get_logger("system")
         try:
@@ -254,7 +262,10 @@ class Sidecar:
         def decided(decision: str) -> AlertEntry:
             return _entry(alert, run, now, decision, step.action)
 
-        if pages.known(id):
+        firing = pages.firing(run, alert.fingerprint, alert.starts_at)
+        over = firing or pages.firing("", alert.fingerprint, alert.starts_at)
+        ended_at = over.resolved_at if over is not None else None
+        if ended_at is None and (pages.known(id) or (firing is not None and firing.taken == 0)):
             return decided("duplicate")
         if age_seconds(alert, datetime.fromtimestamp(now, UTC)) > STALE_SECONDS:
             return decided("expired")
@@ -262,21 +273,17 @@ class Sidecar:
             return decided("unknown_run")
         if not seen.live:
             return decided("run_ended")
-        firing = pages.firing(run, alert.fingerprint, alert.starts_at)
+        if over is not None and ended_at is not None:
+            # Sent before the end and heard after it; or it fires again, as after a silence, or when
+            # Prometheus is back with an Alertmanager that had given it up. Alertmanager knows which.
+            if self._still_firing is None and now - ended_at < LATE_SECONDS:
+                return decided("duplicate")
+            undo = self._taken_over(pages, alert, run, now)
+            pages.put(replace(_firing(alert, run), next_at=now, undo=undo, again=over.again + 1))
+            return decided("again")
         if firing is None:
-            firing = Firing(
-                run=run,
-                fingerprint=alert.fingerprint,
-                starts_at=alert.starts_at,
-                name=alert.name,
-                severity=alert.severity,
-                summary=alert.annotations.get("summary", ""),
-                label=alert.action,
-                taken=0,
-                next_at=None,
-                undo=self._taken_over(pages, alert, run, now),
-            )
-            pages.put(_after(firing, step, steps, now))
+            firing = replace(_firing(alert, run), undo=self._taken_over(pages, alert, run, now))
+            pages.put(self._after(firing, step, steps, now))
         if (reason := self._held_back(pages, run, step.action, now)) is not None:
             return decided(reason)
         if id not in traces:
@@ -310,6 +317,9 @@ class Sidecar:
 
     def _resolve(self, pages: Pages, alert: WebhookAlert, now: float, round_: Round) -> None:
         _note(pages, round_, _entry(alert, alert.run, now, "resolved"))
+        unknown = pages.firing(alert.run, alert.fingerprint, alert.starts_at) is None
+        if unknown and self.policy.steps(alert.name, alert.action):  # its beginning may come later than this
+            pages.put(replace(_firing(alert, alert.run), resolved_at=now))
         for firing in pages.runs_of(alert.fingerprint, alert.starts_at):
             if alert.run in ("", firing.run):
                 self._end(pages, firing, now, round_)
@@ -328,7 +338,7 @@ class Sidecar:
             step = Step(action.undo, dict(action.undo_arguments))
             decision = "dry_run" if self.policy.dry_run else "undone"
             if decision == "undone":
-                id = command_id(firing.run, firing.fingerprint, firing.starts_at, f"undo {name}")
+                id = _id(firing, f"undo {name}")
                 entry = self._command(
                     firing, step, id, now, self._trace(firing, step.action, now), "resolved"
                 )
@@ -351,8 +361,9 @@ class Sidecar:
         Raises:
             sqlite3.Error: the journal failed; it is done at the next call.
         """
+        failed: Exception | None = None
         for firing in self.journal.due(now):
-            fires = self._still_firing(firing)
+            fires = self._still_firing is None or self._still_firing(firing)
             seen = self.watch.find(firing.run)
 
             def step(
@@ -367,29 +378,45 @@ class Sidecar:
                 elif not fires:
                     self._end(pages, firing, now, round_)
                 elif seen is None or not seen.live:
-                    pages.put(replace(firing, next_at=None))
+                    pages.put(replace(firing, resolved_at=now, next_at=None))  # with nobody to undo it for
                 else:
                     self._take_next(pages, firing, now, round_)
                 return round_
 
-            self.journal.submit(step, self._tell).result()
+            try:
+                self.journal.submit(step, self._tell).result()
+            except Exception as error:  # the others must not wait for this one
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _take_next(self, pages: Pages, firing: Firing, now: float, round_: Round) -> None:
         steps = self.policy.steps(firing.name, firing.label)
         if firing.taken >= len(steps):  # the policy is another one since a restart
-            pages.put(replace(firing, next_at=None))
+            again_at = now + self._watches if firing.undo and self._watches is not None else None
+            pages.put(replace(firing, next_at=again_at))
             return
         step = steps[firing.taken]
-        pages.put(_after(firing, step, steps, now))
-        decision = self._held_back(pages, firing.run, step.action, now) or "escalated"
-        if decision == "escalated":
-            what = f"{step.action} {firing.taken}"
-            id = command_id(firing.run, firing.fingerprint, firing.starts_at, what)
-            why = f"still firing, step {firing.taken + 1}"
+        pages.put(self._after(firing, step, steps, now))
+        taken = "escalated" if firing.taken else "accepted"
+        unknown = None if step.action in ACTIONS else "unknown_action"
+        decision = unknown or self._held_back(pages, firing.run, step.action, now) or taken
+        if decision == taken:
+            id = _id(firing, f"{step.action} {firing.taken}")
+            why = f"still firing, step {firing.taken + 1}" if firing.taken else "firing again"
             entry = self._command(firing, step, id, now, self._trace(firing, step.action, now), why)
             if pages.add_command(entry):
                 round_.commands.append(entry)
         _note(pages, round_, _firing_entry(firing, now, decision, step.action))
+
+    def _after(self, firing: Firing, step: Step, steps: tuple[Step, ...], now: float) -> Firing:
+        """`firing` once `step`, its next one, was taken or held back."""
+        taken = firing.taken + 1
+        undo = tuple(dict.fromkeys((*firing.undo, step.action))) if step.undo else firing.undo
+        next_at = now + steps[taken].after_seconds if taken < len(steps) else None
+        if next_at is None and undo and self._watches is not None:
+            next_at = now + self._watches
+        return replace(firing, taken=taken, next_at=next_at, undo=undo)
 
     # ---- commands ----------------------------------------------------------------------------------------
 
@@ -509,12 +536,25 @@ class Sidecar:
             self.instruments.set(catalog.SIDECAR_RUNS, states.get(state, 0), state=state)
 
 
-def _after(firing: Firing, step: Step, steps: tuple[Step, ...], now: float) -> Firing:
-    """`firing` once `step`, its next one, was taken or held back."""
-    taken = firing.taken + 1
-    undo = tuple(dict.fromkeys((*firing.undo, step.action))) if step.undo else firing.undo
-    next_at = now + steps[taken].after_seconds if taken < len(steps) else None
-    return replace(firing, taken=taken, next_at=next_at, undo=undo)
+def _firing(alert: WebhookAlert, run: str) -> Firing:
+    """The alert as it begins to fire for a run."""
+    return Firing(
+        run=run,
+        fingerprint=alert.fingerprint,
+        starts_at=alert.starts_at,
+        name=alert.name,
+        severity=alert.severity,
+        summary=alert.annotations.get("summary", ""),
+        label=alert.action,
+        taken=0,
+        next_at=None,
+    )
+
+
+def _id(firing: Firing, what: str) -> str:
+    """Of a later command about `firing`."""
+    again = f" again {firing.again}" if firing.again else ""
+    return command_id(firing.run, firing.fingerprint, firing.starts_at, what + again)
 
 
 def _note(pages: Pages, round_: Round, entry: AlertEntry) -> None:

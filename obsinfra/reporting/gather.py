@@ -8,7 +8,7 @@ import re
 import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,10 @@ from obsinfra.monitoring.slow_steps import SlowStep, slow_steps
 from obsinfra.run.folder import RunFolder, RunInfo
 
 MAX_MANIFEST_BYTES = 64 << 20
+
+SAME_SECONDS = 60.0
+"""Two firings of an alert, of the trainer and of Prometheus, are one where no more lies between them."""
+
 """A manifest larger than this is listed by its name alone."""
 
 CURVES = ("loss", "grad_norm", "learning_rate", "samples_per_second", "step_time_seconds")
@@ -62,10 +66,17 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """An alert that fired. Times are epoch seconds; `until` is None where its end was not seen."""
+    """An alert that fired. Times are epoch seconds; `until` is None where its end was not seen.
+
+    Attributes:
+        alert: its name in the table.
+        name: the same with the labels it fired for, where the trainer told them.
+        judged_by: `trainer`, `Prometheus`, or both.
+    """
 
     at: float
     until: float | None
+    alert: str
     name: str
     severity: str
     value: float | None
@@ -281,6 +292,7 @@ def _alerts(records: list[dict[str, Any]], journal: Journal | None, run: str) ->
             Alert(
                 at=record["at"],
                 until=ends.pop(key, None),
+                alert=key[0],
                 name=key[0] + (f" ({about})" if about else ""),
                 severity=str(record.get("severity")),
                 value=_number(record.get("value")),
@@ -305,6 +317,7 @@ def _alerts(records: list[dict[str, Any]], journal: Journal | None, run: str) ->
                 Alert(
                     at=entry.starts_at,
                     until=resolved.get(entry.fingerprint),
+                    alert=entry.name,
                     name=entry.name,
                     severity=entry.severity,
                     value=None,
@@ -315,7 +328,37 @@ def _alerts(records: list[dict[str, Any]], journal: Journal | None, run: str) ->
                     summary=f"decided: {entry.decision}" + (f" ({entry.action})" if entry.action else ""),
                 )
             )
-    return tuple(sorted(found, key=lambda alert: alert.at))
+    return _joined(found)
+
+
+def _joined(found: list[Alert]) -> tuple[Alert, ...]:
+    """In order of time; a firing that the trainer and Prometheus both judged is one."""
+    judged = [alert for alert in found if alert.judged_by == "trainer"]
+    joined: list[Alert] = []
+    for alert in sorted(found, key=lambda alert: alert.at):
+        if alert.judged_by == "trainer":
+            continue
+        alike = [one for one in judged if one.alert == alert.alert and _overlap(one, alert)]
+        if alike:
+            # Of several devices each has its own: the one that began at nearly the same time.
+            same = min(alike, key=lambda one: abs(one.at - alert.at))
+            judged.remove(same)
+            ends = (same.until, alert.until)
+            alert = replace(
+                same,
+                at=min(same.at, alert.at),
+                until=None if None in ends else max(end for end in ends if end is not None),
+                judged_by="trainer, Prometheus",
+                summary=f"{same.summary}; {alert.summary}".removeprefix("; "),
+            )
+        joined.append(alert)
+    return tuple(sorted([*judged, *joined], key=lambda alert: alert.at))
+
+
+def _overlap(one: Alert, other: Alert) -> bool:
+    """Whether they fired at the same time, or with no more between them than a scrape and an evaluation."""
+    earlier, later = sorted((one, other), key=lambda alert: alert.at)
+    return earlier.until is None or later.at - earlier.until < SAME_SECONDS
 
 
 def _checkpoints(folder: RunFolder) -> tuple[Checkpoint, ...]:

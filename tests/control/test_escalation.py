@@ -368,6 +368,100 @@ def test_an_escalation_held_back_goes_on_with_the_step_after_it(scenes: Any) -> 
     assert scene.decisions() == ["accepted", "cool_down", "escalated"]
 
 
+# ---- the end of an alert, and what comes after it ------------------------------------------------------
+
+
+def ended_before(scene: Scene, seconds: float) -> None:
+    """Let the end of every alert have been heard so long ago."""
+    database = scene.face.sidecar.journal._database
+    database.execute("UPDATE firings SET resolved_at = resolved_at - ?", (seconds,))
+
+
+def test_an_alert_that_fires_again_with_the_same_start_is_answered_again(scenes: Any) -> None:
+    """Prometheus was cut off, Alertmanager gave the alert up, and now it is back."""
+    scene = scenes(HOT, still_firing=lambda firing: True)
+    firing = alert()
+    scene.face.decide(firing)
+    scene.later(5.1)
+    for _ in range(2):
+        scene.face.decide(firing | {"status": "resolved"})
+        assert scene.face.decide(firing) == {"again": 1}
+        assert scene.face.decide(firing) == {"duplicate": 1}
+        scene.later(0.1)
+        scene.later(0.2)
+        scene.later(5.3)
+    once = ["emergency_checkpoint", "pause", "resume"]
+    assert scene.done() == [*once, *once, *once[:2]]
+    assert scene.executed[3].reason.endswith("(firing again)")
+
+
+def test_what_was_sent_before_the_end_and_is_heard_after_it_changes_nothing(scenes: Any) -> None:
+    scene = scenes(HOT, still_firing=lambda firing: False)
+    firing = alert()
+    scene.face.decide(firing)
+    scene.face.decide(firing | {"status": "resolved"})
+    assert scene.face.decide(firing) == {"again": 1}
+    scene.later(0.1)
+    scene.later(600)
+    assert scene.done() == ["emergency_checkpoint"] and scene.face.sidecar.journal.firing() == []
+
+
+@pytest.mark.parametrize("about_host", [False, True])
+def test_an_end_heard_before_its_beginning_is_its_end(scenes: Any, about_host: bool) -> None:
+    """With no Alertmanager to be asked."""
+    scene = scenes(HOT)
+    firing = host_alert() if about_host else alert()
+    assert scene.face.decide(firing | {"status": "resolved"}) == {"resolved": 1}
+    assert scene.face.decide(firing) == {"duplicate": 1}
+    scene.later(600)
+    assert scene.done() == [] and scene.face.sidecar.journal.firing() == []
+    ended_before(scene, 61)
+    assert scene.face.decide(firing) == {"again": 1}
+    scene.later(0.1)
+    assert scene.done() == ["emergency_checkpoint"]
+
+
+def test_a_pause_with_no_step_after_it_ends_with_an_alert_whose_end_went_unheard(scenes: Any) -> None:
+    fires = True
+    pause = Response(escalate=(Step("pause", after_minutes=5, undo=True),))
+    scene = scenes(replace(HOT, responses={"GradientExplosion": pause}), still_firing=lambda firing: fires)
+    scene.face.decide(alert())
+    scene.later(5.1)
+    scene.later(7)
+    assert scene.done() == ["emergency_checkpoint", "pause"]
+    fires = False
+    scene.later(9)
+    assert scene.done() == ["emergency_checkpoint", "pause", "resume"]
+
+
+def test_a_step_that_cannot_be_taken_keeps_no_other_from_being_taken(scenes: Any) -> None:
+    scene = scenes(
+        replace(
+            HOT, responses={**HOT.responses, "Other": Response(escalate=(Step("stop", after_minutes=6),))}
+        )
+    )
+    one, other = alert(fingerprint="one"), alert(fingerprint="other")
+    scene.face.decide(one, other | {"labels": other["labels"] | {"alertname": "Other"}})
+    scene.done()
+    scene.face.sidecar.journal._database.execute(
+        "CREATE TRIGGER f BEFORE INSERT ON commands WHEN NEW.action = 'pause'"
+        " BEGIN SELECT RAISE(FAIL, 'no'); END"
+    )
+    with pytest.raises(Exception, match="no"):
+        scene.later(6.1)
+    assert scene.done()[-1] == "stop"
+
+
+def test_an_action_whose_package_is_gone_is_told_and_passed_over(scenes: Any) -> None:
+    steps = (Step("reboot", after_minutes=1), Step("stop", after_minutes=1))
+    scene = scenes(replace(HOT, responses={"GradientExplosion": Response(escalate=steps)}))
+    scene.face.decide(alert())
+    scene.later(1.1)
+    scene.later(2.2)
+    assert scene.decisions() == ["accepted", "unknown_action", "escalated"]
+    assert scene.done() == ["emergency_checkpoint", "stop"]
+
+
 # ---- dry run -----------------------------------------------------------------------------------------
 
 
