@@ -36,6 +36,7 @@ FIRST = (
 LONG = frozenset(
     [
         "test_actions",
+        "test_alertmanager_watch",
         "test_background_mirror",
         "test_byte_gpt",
         "test_checkpoint_remote",
@@ -45,8 +46,10 @@ LONG = frozenset(
         "test_damage",
         "test_data_loading",
         "test_datasets",
+        "test_dcp",
         "test_escalation",
         "test_flops",
+        "test_gc_schedule",
         "test_gpu_sampler",
         "test_host_guard",
         "test_inference",
@@ -64,6 +67,7 @@ LONG = frozenset(
         "test_rollback",
         "test_routes",
         "test_rules_cli",
+        "test_run_watch",
         "test_runbooks",
         "test_sidecar_api",
         "test_sidecar_decisions",
