@@ -269,10 +269,14 @@ class Trainer:
                     batch = to_device(batch, self.device)
                     with self.gpu.autocast():
                         output = self.workload.training_step(self.wrapped, batch)
-                    loss = self.faults.on_loss(step, output.loss) * weight
+                    loss = self.faults.on_loss(step, output.loss)
+                    if weight != 1.0:  # times one would be a node of the graph for nothing
+                        loss = loss * weight
                 with run.phase("backward"):
                     self.faults.before_backward(step, last=number == last)
-                    scaled = self.scaler.scale(loss if part == 1.0 else loss * part)
+                    scaled = loss if part == 1.0 else loss * part
+                    if self.scaler.is_enabled():
+                        scaled = self.scaler.scale(scaled)
                     run.monitor.recorder.add_own(self.parallel.backward(scaled))
             total = loss.detach() if total is None else total + loss.detach()
             samples += output.samples
@@ -303,7 +307,8 @@ class Trainer:
 
     def update(self) -> Tensor | None:
         """Clip, step, schedule. Returns the gradient norm before clipping, None when the scaler skipped."""
-        self.scaler.unscale_(self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         norm = self.parallel.clip(self.parameters, self.settings.clip_norm or float("inf"))
         if self.scaler.is_enabled():
             before = self.scaler.skipped_steps
@@ -384,7 +389,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*[to_device(value, device) for value in batch])
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)([to_device(value, device) for value in batch])
     return batch
