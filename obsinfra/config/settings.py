@@ -163,6 +163,11 @@ class Settings(BaseModel):
         "When Python collects garbage: python (anywhere) or boundary (between two steps).",
         group="Hardware",
     )
+    keep_freed_pages: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Have the C library keep the pages of freed memory for the next step: auto keeps them on the CPU.",
+        group="Hardware",
+    )
     leak_check_steps: int = _setting(
         0,
         "Look for kinds of tensors that become more and more, every so many steps; 0: never. A look takes "

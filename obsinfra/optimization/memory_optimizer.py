@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from obsinfra.errors import ConfigError, UserError
 from obsinfra.monitoring.instruments import Instruments
+from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.optimization.activation_checkpointing import checkpoint_activations
 from obsinfra.optimization.arguments import flag, function, number, one_of, shown, whole_number
@@ -25,6 +26,7 @@ from obsinfra.optimization.data_loading import (
 )
 from obsinfra.optimization.gc_schedule import create_gc_schedule
 from obsinfra.optimization.host_guard import HostGuard, NoGuard, host_memory
+from obsinfra.optimization.kept_pages import WantedPages, keep_freed_pages
 from obsinfra.optimization.leak_detection import Growing, LeakDetector, LeakWatch, NoLeakWatch
 from obsinfra.optimization.memory_advice import Recommendation, memory_info, recommendations
 from obsinfra.optimization.memory_profiler import MemoryProfile, MemoryProfiler
@@ -57,6 +59,7 @@ def create_memory_optimizer(
     gc: Literal["python", "boundary"] = "python",
     gradient_checkpointing: bool = False,
     leak_check_steps: int = 0,
+    keep_freed_pages: WantedPages = "auto",
     profile: bool = True,
     device: torch.device | str | None = None,
     agreement: Agreement | None = None,
@@ -72,6 +75,9 @@ def create_memory_optimizer(
         gc: when Python's garbage is collected: `python`: anywhere; `boundary`: between two steps.
         gradient_checkpointing: have `optimize_for_training` recompute activations block by block.
         leak_check_steps: look for tensors that become more, every so many steps; 0: never.
+        keep_freed_pages: `optimize_for_training` has the C library keep the pages of freed memory for the
+            next step, for the whole process and for good: `on`, `off`, or `auto`: where the model is on the
+            CPU.
         profile: False makes every `memory_profiler` block free.
         device: whose allocator is meant; the model's by default.
         agreement: of all ranks about failures; None: this process alone.
@@ -84,6 +90,7 @@ def create_memory_optimizer(
         micro_batch = whole_number("micro_batch", micro_batch, least=1)
     one_of("gc", gc, ("python", "boundary"))
     whole_number("leak_check_steps", leak_check_steps, least=0)
+    one_of("keep_freed_pages", keep_freed_pages, get_args(WantedPages))
     for name, value in (
         ("oom_recovery", oom_recovery),
         ("splittable", splittable),
@@ -104,6 +111,7 @@ def create_memory_optimizer(
         gc=gc,
         gradient_checkpointing=gradient_checkpointing,
         leak_check_steps=leak_check_steps,
+        keep_pages=keep_freed_pages,
         profile=profile,
         device=None if device is None else choose_device(device),
         agreement=agreement,
@@ -131,6 +139,7 @@ class MemoryOptimizer:
         gc: str,
         gradient_checkpointing: bool,
         leak_check_steps: int,
+        keep_pages: WantedPages,
         profile: bool,
         device: torch.device | None,
         agreement: Agreement | None,
@@ -143,6 +152,7 @@ class MemoryOptimizer:
         self.leaks = LeakWatch(leak_check_steps) if leak_check_steps else NoLeakWatch()
         self.profiler = MemoryProfiler(enabled=profile)
         self._gradient_checkpointing = gradient_checkpointing
+        self._keep_pages = keep_pages
         self._model: nn.Module | None = None
         self._device, self._agreement = device, agreement
         self._steps: StepRunner = NoRecovery(micro_batching)
@@ -152,7 +162,8 @@ class MemoryOptimizer:
     def optimize_for_training(self, model: nn.Module) -> nn.Module:
         """Prepare for training `model`: steps of `run` are for it from now on.
 
-        Activations are recomputed from now on where that was asked for; gradients it may have are dropped.
+        Activations are recomputed from now on where that was asked for, and pages kept; gradients it may have
+        are dropped.
 
         Args:
             model: every module whose parameters get gradients in a step: of several, an `nn.ModuleList` of
@@ -162,8 +173,8 @@ class MemoryOptimizer:
             The model itself.
 
         Raises:
-            ConfigError: it is no module, has lazy buffers, or its activations cannot be recomputed block by
-                block.
+            ConfigError: it is no module, has lazy buffers, its activations cannot be recomputed block by
+                block, or pages cannot be kept.
         """
         check_module(model)
         if self.recovers and any(is_lazy(buffer) for buffer in model.buffers()):
@@ -176,9 +187,11 @@ class MemoryOptimizer:
             checkpoint_activations(model)
         model.zero_grad(set_to_none=True)
         self._model = model
+        first = next(iter(model.parameters()), None)
+        device = self._device or (first.device if first is not None else torch.device("cpu"))
+        kept, reason = keep_freed_pages(self._keep_pages, device)
+        get_logger("training").info("freed_pages", kept=kept, reason=reason, terminal=False)
         if self.recovers:
-            first = next(iter(model.parameters()), None)
-            device = self._device or (first.device if first is not None else torch.device("cpu"))
             self._steps = OutOfMemoryRecovery(model, self.micro_batching, device, self._agreement)
             self._steps.telemetry = self._telemetry
         return model

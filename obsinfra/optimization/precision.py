@@ -108,6 +108,7 @@ def check_same_architecture(devices: Sequence[torch.device]) -> None:
         )
 
 
+_NOTHING = nullcontext()
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -128,7 +129,7 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """Context for the forward pass; does nothing under fp32."""
         if self.name == "fp32":
-            return nullcontext()
+            return _NOTHING
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
         return torch.autocast(self.device_type, dtype=dtype)
 

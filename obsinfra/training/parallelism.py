@@ -31,6 +31,8 @@ from obsinfra.workloads.protocol import Batches, Workload
 RANKS_OWN = frozenset({"inject", "metrics_host", "metrics_port", "device", "run", "resume", "threads"})
 """Settings that may differ between the ranks of a run."""
 
+_NOTHING = nullcontext()
+
 
 class Parallelism(Protocol):
     """What the trainer needs to know of the other ranks.
@@ -104,7 +106,7 @@ class OneProcess:
         return list(batches), 1.0
 
     def exchanging(self, model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-        return nullcontext()
+        return _NOTHING
 
     def backward(self, loss: Tensor) -> float:
         return timed_backward(loss)

@@ -126,6 +126,7 @@ class Trainer:
             splittable=defaults.splittable,
             gc=settings.gc,
             leak_check_steps=settings.leak_check_steps,
+            keep_freed_pages=settings.keep_freed_pages,
             device=self.device,
             agreement=self.parallel if isinstance(self.parallel, LateDataParallel) else None,
         )
