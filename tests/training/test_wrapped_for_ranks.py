@@ -150,7 +150,7 @@ def test_what_cannot_be_wrapped_is_said_on_every_rank() -> None:
         ({"parallel": "fsdp", "gradient_compression": "fp16"}, "gradient_compression 'fp16' with parallel"),
         ({"gradient_compression": "zip"}, "gradient_compression 'zip'; expected one of 'off'"),
         ({"parallel": "ddp", "shard_size": 2}, "shard_size 2 with parallel 'ddp'; expected parallel 'hsdp'"),
-        ({"parallel": "hsdp", "shard_size": 0}, "shard_size 0; expected a number of at least 1"),
+        ({"parallel": "hsdp", "shard_size": 0}, "shard_size 0; expected a whole number of at least 1"),
         ({"fsdp_offload": True}, "fsdp_offload True with parallel 'off'; expected parallel 'fsdp' or 'hsdp'"),
     ],
 )
