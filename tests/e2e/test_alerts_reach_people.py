@@ -313,8 +313,9 @@ def test_a_hot_gpu(scene: Scene, tmp_path: Path) -> None:
         assert folder.read_info().state == "paused"
         gpu(75)
         wait_for(lambda: folder.read_info().state == "running", "the cool device's run to go on")
+        # Before the trainer is killed: it goes on before it says so.
+        scene.await_commanded("HighGPUTemperature", "hot", ["resume", "pause", "emergency_checkpoint"])
     assert "91" in text and "85 °C, until 75 °C" in text
-    scene.await_commanded("HighGPUTemperature", "hot", ["resume", "pause", "emergency_checkpoint"])
 
 
 def test_a_hang_is_saved_without_the_loop(scene: Scene, hung: str) -> None:

@@ -99,6 +99,8 @@ def test_ranks_whose_launcher_is_killed_save_the_run_and_end(tmp_path: Path) -> 
                 if psutil.pid_exists(pid):
                     os.kill(pid, signal.SIGKILL)
     info = run.info()
-    assert info.state == "failed" and "the launcher that kept it" in (info.reason or "")
+    # The rank that is second to see it may find the other one gone first.
+    reasons = ("the launcher that kept it", "Connection closed by peer")
+    assert info.state == "failed" and any(reason in (info.reason or "") for reason in reasons), info.reason
     (saved,) = run.checkpoints("emergency")
     assert saved.step >= reached
