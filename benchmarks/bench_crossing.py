@@ -63,8 +63,10 @@ def loop(run_name: str, output_dir: str, trials: int) -> None:
     torch.set_num_threads(1)
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters())
-    settings = Settings(output_dir=Path(output_dir), metrics_port=0, checkpoint_seconds=0, trace_every=1000)
-    run = obsinfra.observe(model, optimizer, run=run_name, settings=settings)
+    settings = Settings(
+        run=run_name, output_dir=Path(output_dir), metrics_port=0, checkpoint_seconds=0, trace_every=1000
+    )
+    run = obsinfra.observe(model, optimizer, settings=settings)
     inputs, wanted = torch.randn(16, 32), torch.randint(0, 10, (16,))
     chance = random.Random(run_name)
     due = time.monotonic() + chance.uniform(10, 20)

@@ -115,6 +115,24 @@ def resolve(
     return Resolved(settings, {field: origins.get(field, "default") for field in Settings.model_fields})
 
 
+def changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """`settings` with other values, validated like all.
+
+    Args:
+        values: field → value; None means not given.
+
+    Raises:
+        ConfigError: unknown name, wrong type, or a value out of bounds.
+    """
+    given = {field: value for field, value in values.items() if value is not None}
+    if not given:
+        return settings
+    try:
+        return Settings(**{**{field: getattr(settings, field) for field in Settings.model_fields}, **given})
+    except ValidationError as error:
+        raise _as_config_error(error, dict.fromkeys(given, "the call")) from None
+
+
 def dump_toml(settings: Settings) -> str:
     """The settings as TOML, as written to a run's config.toml. Unset (None) settings are left out."""
     lines, tables = [], []

@@ -31,7 +31,7 @@ from obsinfra.backup.backup_system import LoadedCheckpoint, Stateful, create_bac
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
 from obsinfra.catalog import actions as catalog_actions
 from obsinfra.catalog import metrics as catalog
-from obsinfra.config.resolve import resolve
+from obsinfra.config.resolve import changed, resolve
 from obsinfra.config.settings import Settings
 from obsinfra.control.command import Ack, Command
 from obsinfra.errors import CheckpointError, ConfigError, NonFiniteLossError
@@ -115,7 +115,8 @@ def observe(
         model_name: the `model` label; default: the module's class name.
         resume: `auto`, a run name or a checkpoint path (see `Settings.resume`).
         scheduler, scaler, extra: further state to save and restore.
-        settings: all settings at once; else environment, obsinfra.toml and defaults, with `overrides` on top.
+        settings: all settings at once; else environment, obsinfra.toml and defaults. `run`, `resume` and
+            `overrides` go on top of either.
         plan: an already decided resume plan.
         device, precision: shown on the page and in build info; the device is the model's by default.
         ranks: the processes of the run; default: those of torch's process group, if there is one.
@@ -125,8 +126,11 @@ def observe(
         ConfigError, CheckpointError, RunBusyError: see each setting's bounds and `plan_run`.
     """
     name = model_name or type(unwrapped(model)).__name__
+    given = {**overrides, "run": run, "resume": resume}
     if settings is None:
-        settings = resolve({**overrides, "run": run, "resume": resume, "model_name": name}).settings
+        settings = resolve({**given, "model_name": name}).settings
+    else:
+        settings = changed(settings, given)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     first = next(iter(model.parameters()), None)
     ranks = ranks or present_ranks()

@@ -23,6 +23,7 @@ from waiting import wait_for
 
 from obsinfra.backup.compare import differences
 from obsinfra.catalog import metrics as catalog
+from obsinfra.config.settings import Settings
 from obsinfra.control.client import send_command
 from obsinfra.control.command import new_command
 from obsinfra.control.history import events_of
@@ -659,3 +660,17 @@ def test_progress_is_noted_while_the_loop_runs(tmp_path: Path) -> None:
                 run.request_stop("seen")
         assert run.stop is not None
     wait_for(lambda: run.folder.read_info().state == "stopped", "the end")
+
+
+def test_what_a_call_names_goes_on_top_of_settings_given_whole(tmp_path: Path) -> None:
+    """`run` and others beside `settings` were left out once, without a word."""
+    settings = Settings(output_dir=tmp_path, disable_monitoring=True, trace_every=7)
+    model = nn.Linear(2, 1)
+    with observe(model, run="named", settings=settings, trace_every=9) as run:
+        assert (run.folder.id, run.settings.trace_every) == ("named", 9)
+        assert run.settings.disable_monitoring
+    assert settings.trace_every == 7 and settings.run is None
+    with pytest.raises(ConfigError, match="trace_every = -1"):
+        observe(model, settings=settings, trace_every=-1)
+    with pytest.raises(ConfigError, match="trace_evry"):
+        observe(model, settings=settings, trace_evry=1)
