@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from obsinfra.backup.mirror import MirrorStatus
 from obsinfra.backup.mirror_process import LINGER_SECONDS, STOP_SECONDS, MirrorConfig
-from obsinfra.backup.remote import MirrorStatus
 from obsinfra.backup.writer import Lines
 from obsinfra.monitoring.logging_config import get_logger
 
@@ -98,7 +98,7 @@ class BackgroundMirror:
 
     Args:
         directory: the checkpoint folder; made when it is not there.
-        url: where the copy goes; see `remote.check_url`.
+        url: where the copy goes; see `remote_url.check_url`.
         on_report: told about once a second how it stands, on the mirror's thread.
         on_event: told of what happens, on the mirror's thread.
         log_path: file of JSON lines in which the process notes how it ended.

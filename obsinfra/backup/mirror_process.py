@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from obsinfra.backup.heir import wait_for_heir
-from obsinfra.backup.remote import Mirror, outbox_of
+from obsinfra.backup.mirror import Mirror, outbox_of
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.backup.writer import Lines, log_line
 

@@ -403,11 +403,11 @@ def push(
     checkpoint: Annotated[Optional[str], typer.Option(help="Only this one.")] = None,  # noqa: UP045
 ) -> None:
     """Copy checkpoints to a remote; only what is missing there. Started again, it goes on where it was."""
-    from obsinfra.backup import remote
+    from obsinfra.backup import transfer
 
     _check_url(url)
     with _progress("pushing") as advance:
-        done = remote.push(_store(output_dir, run), url, checkpoint, progress=advance)
+        done = transfer.push(_store(output_dir, run), url, checkpoint, progress=advance)
     _print_transfer(done)
 
 
@@ -425,14 +425,15 @@ def pull(
     ] = None,
 ) -> None:
     """Copy checkpoints from a remote, every hash verified; only what is missing here."""
-    from obsinfra.backup import remote
+    from obsinfra.backup import transfer
+    from obsinfra.backup.remote import Remote
     from obsinfra.backup.store import CheckpointStore
 
     _check_url(url)
     store = CheckpointStore(target) if target is not None else _store(output_dir, run, new=True)
     with _progress("pulling") as advance:
-        done = remote.pull(url, store, checkpoint, progress=advance)
-    if not done.checkpoints and not remote.Remote(url).of_one_run().manifests():
+        done = transfer.pull(url, store, checkpoint, progress=advance)
+    if not done.checkpoints and not Remote(url).of_one_run().manifests():
         raise CheckpointError(
             f"no checkpoints at {url}", "a copy that 'obsinfra checkpoints push' or checkpoint_remote made"
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from obsinfra.backup.heir import wait_for_heir
-from obsinfra.backup.remote import check_url, fetch, is_url
+from obsinfra.backup.remote_url import check_url, is_url
+from obsinfra.backup.transfer import fetch
 from obsinfra.config.settings import Settings
 from obsinfra.errors import CheckpointError, ConfigError, ObsinfraError, RunBusyError
 from obsinfra.observation.ranks import Ranks

@@ -24,7 +24,8 @@ from waiting import wait_for
 from obsinfra.backup import background_mirror
 from obsinfra.backup.background_mirror import BackgroundMirror, MirrorReport
 from obsinfra.backup.backup_system import create_backup_system
-from obsinfra.backup.remote import Remote, fetch
+from obsinfra.backup.remote import Remote
+from obsinfra.backup.transfer import fetch
 
 SECONDS = 60.0
 

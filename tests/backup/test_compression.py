@@ -21,9 +21,10 @@ from obsinfra.backup.checkpointer import create_checkpointer
 from obsinfra.backup.compression import DamagedFrame, check_compression, compress, decompress, pays
 from obsinfra.backup.manifest import COMPRESSED_SCHEMA, SCHEMA, sealed
 from obsinfra.backup.objects import CHUNK_BYTES, digest_of
-from obsinfra.backup.remote import Remote, fetch, pull, push
+from obsinfra.backup.remote import Remote
 from obsinfra.backup.retention import Retention
 from obsinfra.backup.tensors import tensor_bytes
+from obsinfra.backup.transfer import fetch, pull, push
 from obsinfra.backup.usage import usage
 from obsinfra.errors import CheckpointError
 

@@ -373,7 +373,7 @@ def test_other_disk_errors_prune_nothing(tmp_path: Path) -> None:
 def test_retention_and_remote_run_without_torch() -> None:
     """The writer process uses them, and must stay small."""
     code = (
-        "import sys, obsinfra.backup.retention, obsinfra.backup.remote, obsinfra.backup.usage;"
+        "import sys, obsinfra.backup.retention, obsinfra.backup.mirror, obsinfra.backup.usage;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,8 +19,11 @@ from same import same, small_state
 from waiting import wait_for
 
 from obsinfra.backup.backup_system import BackupSystem, create_backup_system
-from obsinfra.backup.remote import Mirror, MirrorStatus, Remote, RemoteError, fetch, is_url, pull, push
+from obsinfra.backup.mirror import Mirror, MirrorStatus
+from obsinfra.backup.remote import Remote, RemoteError
+from obsinfra.backup.remote_url import is_url
 from obsinfra.backup.store import CheckpointStore
+from obsinfra.backup.transfer import fetch, pull, push
 from obsinfra.errors import CheckpointError
 
 

@@ -15,7 +15,9 @@ from same import same, small_state
 from waiting import wait_for
 
 from obsinfra.backup.backup_system import BackupSystem, create_backup_system
-from obsinfra.backup.remote import Mirror, Remote, RemoteError, fetch, push
+from obsinfra.backup.mirror import Mirror
+from obsinfra.backup.remote import Remote, RemoteError
+from obsinfra.backup.transfer import fetch, push
 
 pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'obsinfra[s3]')")
 pytest.importorskip("moto.server", reason="moto's server is not installed (pip install 'moto[server]')")

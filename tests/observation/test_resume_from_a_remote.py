@@ -12,7 +12,8 @@ from s3_server import S3Server
 from torch import nn
 
 from obsinfra.backup.compare import differences
-from obsinfra.backup.remote import Remote, push
+from obsinfra.backup.remote import Remote
+from obsinfra.backup.transfer import push
 from obsinfra.errors import CheckpointError
 from obsinfra.observation import ObservedRun, observe
 
