@@ -1,13 +1,12 @@
 """`create_memory_efficient_dataloader`: batches of any data set, resumed exactly in the middle of an epoch.
 
-torchdata's StatefulDataLoader loads them; the order, the position and what is skipped are kept here. Works
-alone, and under `obsinfra.observe`, which asks for its state and shows its metrics.
+torchdata's StatefulDataLoader loads them (`loading_engine`), in the order of `batch_order`; the position and
+what is skipped are kept here. Works alone, and under `obsinfra.observe`, which asks for its state and shows
+its metrics.
 """
 
 from __future__ import annotations
 
-import signal
-import warnings
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,15 +14,15 @@ import torch
 from torch.utils.data import IterableDataset
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import DataError, DataWorkerError
+from obsinfra.errors import DataError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.optimization.arguments import LONGEST_SECONDS, flag, function, number, shown, whole_number
-from obsinfra.optimization.data_order import derived_seed, ignore_trainer_signals, trainer_signals_held
+from obsinfra.optimization.batch_order import BatchOrder
+from obsinfra.optimization.data_order import derived_seed
 from obsinfra.optimization.datasets.block_cache import CacheUse
 from obsinfra.optimization.datasets.skipping import CorruptRecord, SkipLedger
 from obsinfra.optimization.delivered_batches import (
-    Ask,
     Collate,
     IndexedSource,
     StreamSource,
@@ -31,6 +30,7 @@ from obsinfra.optimization.delivered_batches import (
     method_of,
     random_states_kept,
 )
+from obsinfra.optimization.loading_engine import LoadingEngine, Trial, start_engine
 from obsinfra.optimization.loading_plan import LoadingPlan, Wishes, plan_loading, usable_processors
 from obsinfra.optimization.precision import choose_device
 from obsinfra.optimization.reclaimable import PREFETCH_ORDER, register_reclaimable
@@ -149,7 +149,7 @@ def create_memory_efficient_dataloader(
     return (_Sized if sized else MemoryEfficientDataLoader)(
         dataset,
         batch_size,
-        order=_Order(batch_size, shuffle, seed, drop_last, random_records),
+        order=BatchOrder(batch_size, shuffle, seed, drop_last, random_records),
         collate=collate,
         wishes=Wishes(
             workers=num_workers,
@@ -185,7 +185,7 @@ class MemoryEfficientDataLoader:
         dataset: Any,
         batch_size: int,
         *,
-        order: _Order,
+        order: BatchOrder,
         collate: Collate | None,
         wishes: Wishes,
         ledger: SkipLedger,
@@ -393,50 +393,30 @@ class MemoryEfficientDataLoader:
         if set_epoch is not None:
             set_epoch(self.epoch)
 
-    def _start(self) -> _Engine:
+    def _start(self) -> LoadingEngine:
         """Loading from the present position."""
         plan = self.plan
         self._set_epoch()
         return self._engine(plan.workers, plan.prefetch, plan.pin_memory, self._delivered, self._stream_state)
 
-    def _trial(self, workers: int, prefetch: int, pin_memory: bool) -> _Trial:
-        return _Trial(self._engine(workers, prefetch, pin_memory, 0, None))
+    def _trial(self, workers: int, prefetch: int, pin_memory: bool) -> Trial:
+        return Trial(self._engine(workers, prefetch, pin_memory, 0, None))
 
     def _engine(
         self, workers: int, prefetch: int, pin_memory: bool, delivered: int, state: dict[str, Any] | None
-    ) -> _Engine:
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
-        sampler = None if self._streams else self._order.asks(len(self.dataset), self.epoch, delivered)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*set_vital")  # torch's news for torchdata
-            loader = StatefulDataLoader(
-                self._source,
-                batch_size=None,
-                sampler=sampler,
-                num_workers=workers,
-                prefetch_factor=prefetch if workers else None,
-                collate_fn=_as_is,
-                pin_memory=pin_memory,
-                worker_init_fn=ignore_trainer_signals if workers else None,
-                generator=torch.Generator().manual_seed(
-                    derived_seed(self._order.seed, "workers", self.epoch)
-                ),
-                timeout=self._timeout_seconds if workers else 0,
-                snapshot_every_n_steps=1 if self._streams else None,
-            )
-        ended = method_of(self.dataset, "workers_ended")
-        if state is None:
-            return _Engine(loader, ended)
-        try:
-            loader.load_state_dict(state)
-            return _Engine(loader, ended)
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"a stream's position that cannot be gone on from: {error}"[:300],
-                "what state_dict() returned",
-                "start a new run, or resume from another checkpoint",
-            ) from error
+    ) -> LoadingEngine:
+        return start_engine(
+            self._source,
+            None if self._streams else self._order.asks(len(self.dataset), self.epoch, delivered),
+            workers=workers,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+            seed=derived_seed(self._order.seed, "workers", self.epoch),
+            timeout_seconds=self._timeout_seconds,
+            snapshots=self._streams,
+            state=state,
+            workers_ended=method_of(self.dataset, "workers_ended"),
+        )
 
 
 class _Sized(MemoryEfficientDataLoader):
@@ -449,136 +429,6 @@ class _Sized(MemoryEfficientDataLoader):
         return sum(self._order.batches(rows) for rows in self.dataset.shard_rows(self.num_workers))
 
 
-class _Order:
-    """Which records make which batch; a function of (seed, epoch)."""
-
-    def __init__(
-        self, batch_size: int, shuffle: bool, seed: int, drop_last: bool, random_records: bool
-    ) -> None:
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.drop_last, self.random_records = drop_last, random_records
-
-    def identity(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def batches(self, records: int) -> int:
-        return records // self.batch_size if self.drop_last else -(-records // self.batch_size)
-
-    def asks(self, records: int, epoch: int, first: int) -> _Asks:
-        """Batches of the epoch from the `first` on."""
-        order = None
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-            order = torch.randperm(records, generator=generator)
-        return _Asks(self, order, records, epoch, first)
-
-
-class _Asks:
-    def __init__(
-        self, order: _Order, permutation: torch.Tensor | None, records: int, epoch: int, first: int
-    ) -> None:
-        self._order, self._permutation, self._records = order, permutation, records
-        self._epoch, self._first = epoch, first
-
-    def __len__(self) -> int:
-        return self._order.batches(self._records) - self._first
-
-    def __iter__(self) -> Iterator[Ask]:
-        size, order = self._order.batch_size, self._order
-        for place in range(self._first, order.batches(self._records)):
-            begin, stop = place * size, min((place + 1) * size, self._records)
-            chosen = self._permutation
-            indices = list(range(begin, stop)) if chosen is None else chosen[begin:stop].tolist()
-            seed = derived_seed(order.seed, "batch", self._epoch, place) if order.random_records else None
-            yield Ask(indices, seed)
-
-
-class _Engine:
-    """One pass of torchdata's loader, with its workers' death made plain."""
-
-    def __init__(self, loader: Any, workers_ended: Any) -> None:
-        self._workers_ended = workers_ended
-        self._iterator: Any
-        if loader.num_workers:
-            with trainer_signals_held():
-                self._iterator = iter(loader)
-        else:
-            self._iterator = iter(loader)
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._iterator)
-        except RuntimeError as error:
-            self.explain(error)
-            raise
-
-    def explain(self, error: RuntimeError) -> None:
-        """Raise what torch says about its workers with what became of them; nothing for other errors."""
-        dead = self._dead()
-        if dead:
-            raise DataWorkerError(
-                f"data loader worker {', '.join(dead)}",
-                "workers that live until the epoch's end",
-                "if memory ran out (see `dmesg`), use fewer workers, a smaller prefetch or batch; "
-                "num_workers=0 shows what a worker runs into",
-            ) from error
-        if "timed out" in str(error):
-            raise DataWorkerError(
-                f"no batch from the data loader's workers: {error}",
-                "one within timeout_seconds",
-                "find out what the data set waits for with num_workers=0, or raise it",
-            ) from error
-
-    def _dead(self) -> list[str]:
-        found = []
-        for worker in getattr(self._iterator, "_workers", []):
-            worker.join(timeout=0.1)
-            if worker.exitcode:
-                how = f"exited with {worker.exitcode}"
-                if worker.exitcode < 0:
-                    number = -worker.exitcode
-                    known = number in signal.valid_signals()
-                    how = f"was killed by {signal.Signals(number).name if known else f'signal {number}'}"
-                found.append(f"{worker.pid} {how}")
-        return found
-
-    def worker_pids(self) -> list[int]:
-        return [worker.pid for worker in getattr(self._iterator, "_workers", [])]
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._iterator.state_dict()
-        return state
-
-    def close(self) -> None:
-        """End the workers; may be called twice."""
-        iterator, self._iterator = self._iterator, None
-        workers = getattr(iterator, "_workers", [])
-        if workers:
-            iterator._shutdown_workers()
-            for worker in workers:
-                if worker.is_alive():  # stuck in the data set, and deaf to SIGTERM
-                    worker.kill()
-                    worker.join()
-            if self._workers_ended is not None:
-                self._workers_ended()
-
-
-class _Trial:
-    """An engine's batches alone, for the plan."""
-
-    def __init__(self, engine: _Engine) -> None:
-        self._engine = engine
-        self.worker_pids, self.close = engine.worker_pids, engine.close
-
-    def __next__(self) -> Any:
-        while True:
-            delivery = next(self._engine)
-            if delivery.error is not None:
-                raise delivery.error
-            if delivery.batch is not None:
-                return delivery.batch
-
-
 def _most_workers(dataset: Any, streams: bool) -> int:
     """How many could be of use. A stream that we do not know may give every worker the same records."""
     return usable_processors() if not streams or isinstance(dataset, SharedOut) else 1
@@ -586,7 +436,3 @@ def _most_workers(dataset: Any, streams: bool) -> int:
 
 def _is_error(one: object) -> bool:
     return isinstance(one, type) and issubclass(one, Exception)
-
-
-def _as_is(delivery: Any) -> Any:
-    return delivery
