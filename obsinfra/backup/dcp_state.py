@@ -6,14 +6,16 @@ parts is rank 0's: a JSON document and its tensors. Knows no trainers.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from obsinfra.backup.dcp_values import value_text
 from obsinfra.backup.state_tree import decode, encode
@@ -27,36 +29,85 @@ TENSOR = "state tensor"
 
 def part_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """This rank's part of `state` for a snapshot, as `parts` takes it; its tensors are the live ones. What
-    several ranks have (HSDP) is in the part of the first. Not a collective.
+    several ranks have (HSDP, what tensor parallelism leaves whole) is in the part of the first. Not a
+    collective.
     """
     items, values, shards = {}, {}, {}
+    runs_of = cache(_runs)  # most tensors are divided alike
     for name, value in flat_state(state).items():
         if not isinstance(value, torch.Tensor):
             values[name] = value_text(name, value).decode("ascii")
             continue
-        own, offsets, mine = value, [0] * value.dim(), True
-        if isinstance(value, DTensor):
-            own = value.to_local()
-            mine = _is_first(value) and (own.numel() > 0 or value.numel() == 0)
-            offsets = list(
-                compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)[1]
-            )
         items[name] = {
             "dtype": dtype_name(value.dtype),
             "size": list(value.shape),
             "requires_grad": value.requires_grad,
         }
-        if mine:
-            shards[name] = {"offsets": offsets, "tensor": own}
+        if not isinstance(value, DTensor):
+            shards[name] = [{"offsets": [0] * value.dim(), "tensor": value}]
+        elif _is_first(value):
+            shards[name] = _pieces(value, runs_of)
     return {"items": items if dist.get_rank() == 0 else {}, "values": values, "shards": shards}
 
 
 def _is_first(value: DTensor) -> bool:
-    """Whether this rank is the first of those that have the same part."""
-    place = value.device_mesh.get_coordinate() or ()
-    return not any(
-        at for at, placement in zip(place, value.placements, strict=True) if placement.is_replicate()
-    )
+    """Whether this rank is the first of those that have the same part: along each dimension of the mesh that
+    does not divide it, and, of the meshes of several groups of ranks, in the one of rank 0."""
+    mesh = value.device_mesh
+    place = mesh.get_coordinate() or ()
+    again = any(at for at, placement in zip(place, value.placements, strict=True) if placement.is_replicate())
+    return not again and bool((mesh.mesh == 0).any())
+
+
+def _pieces(value: DTensor, runs_of: Callable[..., list[tuple[int, int]]]) -> list[dict[str, Any]]:
+    """What this rank has of a tensor, as boxes: one, unless a part of it is of several stretches (the query,
+    key and value of one head); none of one that has too few rows for all ranks."""
+    own = value.to_local()
+    if own.numel() == 0 and value.numel() > 0:
+        return []
+    per_dimension = []
+    for dim, size in enumerate(value.shape):
+        placements = tuple(
+            _of_one_dimension(placement) if getattr(placement, "dim", None) == dim else Replicate()
+            for placement in value.placements
+        )
+        per_dimension.append(runs_of(size, value.device_mesh, placements))
+    pieces = []
+    for box in itertools.product(*(_with_places(runs) for runs in per_dimension)):
+        piece = own
+        for dim, (_, length, place) in enumerate(box):
+            piece = piece.narrow(dim, place, length)
+        pieces.append({"offsets": [offset for offset, _, _ in box], "tensor": piece})
+    return pieces
+
+
+def _of_one_dimension(placement: Any) -> Placement:
+    """The same division, of a tensor that has this dimension alone."""
+    factor = getattr(placement, "split_factor", None)
+    kind: Any = type(placement)
+    alike: Placement = kind(0) if factor is None else kind(0, split_factor=factor)
+    return alike
+
+
+def _runs(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[tuple[int, int]]:
+    """Which of `size` rows this rank has: first and number of each stretch. Torch divides the numbers
+    themselves, as it does the rows; nobody is asked."""
+    if all(placement.is_replicate() for placement in placements) or size == 0:
+        return [(0, size)]
+    numbers = torch.arange(size, device=mesh.device_type)
+    own = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().cpu()
+    breaks = ((own.diff() != 1).nonzero().flatten() + 1).tolist()
+    return [
+        (int(own[first]), end - first)
+        for first, end in itertools.pairwise([0, *breaks, own.numel()])
+        if end > first
+    ]
+
+
+def _with_places(runs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """With each stretch, where in this rank's rows it begins."""
+    lengths = itertools.accumulate((length for _, length in runs), initial=0)
+    return [(offset, length, place) for (offset, length), place in zip(runs, lengths, strict=False)]
 
 
 def flat_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def _written(store: CheckpointStore, content: SlotContent) -> dict[str, Any]:
     digests = {digest for entry in entries for digest in entry.chunks}
     store.objects.sync(digests | {digest for value in values.values() for digest in value[3]})
     shards = {
-        name: [shard["offsets"], _fields(entries[shard["tensor"]["tensor"]])]
-        for name, shard in content.document["shards"].items()
+        name: [[shard["offsets"], _fields(entries[shard["tensor"]["tensor"]])] for shard in own]
+        for name, own in content.document["shards"].items()
     }
     written = sum(fresh for _, fresh in results) + sum(more)
     return {"items": content.document["items"], "values": values, "shards": shards, "written": written}
@@ -151,7 +151,7 @@ def _document(
 
     items: dict[str, Any] = {}
     for name, item in found[0]["items"].items():
-        shards = [told["shards"][name] for told in found.values() if name in told["shards"]]
+        shards = [shard for told in found.values() for shard in told["shards"].get(name, ())]
         have = sum(math.prod(fields[1]) for _, fields in shards)
         if have != math.prod(item["size"]):
             raise CheckpointError(

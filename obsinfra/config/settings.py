@@ -258,8 +258,8 @@ class Settings(BaseModel):
     )
     checkpoint_form: Literal["whole", "sharded"] = _setting(
         "whole",
-        "Of a model in parts: whole (put together on rank 0) or, with --parallel fsdp or hsdp, sharded: each "
-        "rank's writer commits its own part, all as one; what is saved after a crash or a hang is whole.",
+        "Of a model in parts: whole (put together on rank 0) or, with --parallel fsdp, hsdp or tp, sharded: "
+        "each rank's writer commits its own part, all as one. What a crash or a hang leaves is whole.",
         group="Checkpoints",
     )
     checkpoint_compression: Literal["off", "auto"] = _setting(

@@ -229,17 +229,11 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
             "add --parallel fsdp, or drop --fsdp-offload",
         )
     if settings.checkpoint_form == "sharded":
-        if settings.parallel not in ("fsdp", "hsdp"):
+        if settings.parallel not in ("fsdp", "hsdp", "tp"):
             raise ConfigError(
                 f"--checkpoint-form sharded with --parallel {settings.parallel}",
-                "fsdp or hsdp, whose parts each rank can write",
+                "fsdp, hsdp or tp, whose parts each rank can write",
                 "add --parallel fsdp, or drop --checkpoint-form",
-            )
-        if settings.tensor_parallel_size is not None:
-            raise ConfigError(
-                f"--checkpoint-form sharded with --tensor-parallel-size {settings.tensor_parallel_size}",
-                "parts of fsdp alone: those of divided layers are put together on rank 0",
-                "drop one of them",
             )
         if settings.checkpoint_compression != "off":
             raise ConfigError(

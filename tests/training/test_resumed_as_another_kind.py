@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 HSDP = {"parallel": "hsdp", "shard_size": 2}
 TP = {"parallel": "tp", "tensor_parallel_size": 2}
 BOTH = {"parallel": "fsdp", "tensor_parallel_size": 2}
+PARTS = {"checkpoint_form": "sharded"}
 DDP: dict[str, Any] = {"parallel": "ddp"}
 ALONE: dict[str, Any] = {}
 
@@ -26,10 +27,17 @@ CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "ddp, tp, ddp, tp": [(2, DDP), (2, TP), (2, DDP), (4, TP), (1, ALONE)],
     "alone, tp in fsdp, ddp, tp in fsdp": [(1, ALONE), (4, BOTH), (2, DDP), (4, BOTH)],
     "parts of hsdp, tp, parts of fsdp, ddp": [
-        (4, {**HSDP, "checkpoint_form": "sharded"}),
+        (4, {**HSDP, **PARTS}),
         (2, TP),
-        (2, {"parallel": "fsdp", "checkpoint_form": "sharded"}),
+        (2, {"parallel": "fsdp", **PARTS}),
         (2, DDP),
+    ],
+    "parts of tp, ddp, parts of tp in fsdp, parts of tp, alone": [
+        (4, {**TP, **PARTS}),
+        (2, DDP),
+        (4, {**BOTH, **PARTS}),
+        (2, {**TP, **PARTS}),
+        (1, ALONE),
     ],
 }
 
@@ -63,6 +71,9 @@ def test_a_run_goes_on_as_another_kind_and_back(tmp_path: Path, name: str) -> No
         if place:
             before, after = (store.load(last[which]) for which in ("from", "saved"))
             assert before.info.step == after.info.step == 2 * place
+            kinds = [kind for _, kind in CHAINS[name][place - 1 : place + 1]]
+            in_parts = [PARTS.items() <= kind.items() for kind in kinds]
+            assert [found.info.in_parts for found in (before, after)] == in_parts
             assert count_tensors(before.state["optimizer"]) == 3 * count_tensors(before.state["model"])
             assert differences(before.state["model"], after.state["model"]) == []
             assert differences(before.state["optimizer"], after.state["optimizer"]) == []

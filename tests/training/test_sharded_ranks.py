@@ -347,8 +347,8 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
     assert found[0] == found[1]
     with pytest.raises(ConfigError, match="--parallel fsdp in one process"):
         choose_parallelism(Alone(), Settings(parallel="fsdp"))
-    with pytest.raises(ConfigError, match="--checkpoint-form sharded with --parallel tp"):
-        choose_parallelism(Alone(), Settings(parallel="tp", checkpoint_form="sharded"))
+    with pytest.raises(ConfigError, match="--checkpoint-form sharded with --parallel ddp"):
+        choose_parallelism(Alone(), Settings(parallel="ddp", checkpoint_form="sharded"))
     with pytest.raises(ConfigError, match="--checkpoint-form sharded with --checkpoint-compression auto"):
         packed = {"checkpoint_form": "sharded", "checkpoint_compression": "auto"}
         choose_parallelism(Alone(), Settings(parallel="fsdp", **packed))

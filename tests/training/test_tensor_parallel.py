@@ -115,9 +115,6 @@ def _both_refused(ranks: Any) -> None:
 
 def test_what_does_not_go_with_both_is_refused() -> None:
     assert in_group(2, _both_refused) == [None, None]
-    with pytest.raises(ConfigError, match="--checkpoint-form sharded with --tensor-parallel-size 2"):
-        together = {"tensor_parallel_size": 2, "checkpoint_form": "sharded"}
-        choose_parallelism(Alone(), Settings(parallel="fsdp", **together))
 
 
 def test_a_run_goes_on_alone_and_back_bit_for_bit(tmp_path: Path) -> None:
