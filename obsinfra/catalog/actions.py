@@ -226,8 +226,9 @@ PAUSE = Action(
     undo="resume",
     details="The run's state is `paused` in run.json, `obsinfra_run_state` and on the page. The time counts "
     'as lost (`obsinfra_lost_seconds_total{cause="paused"}`), and neither the watchdog nor an alert takes it '
-    "for a hang. A pause that an alert asked for (`alert` is given) and one that a person ordered are two: "
-    "the loop goes on when both have ended, and `resume` with `alert` ends that of alerts alone. "
+    "for a hang. A pause that ends with its alert (`alert` is given) and one that a person ends, because a "
+    "person ordered it or a step of the policy without `undo`, are two: the loop goes on when both have "
+    "ended, and `resume` with `alert` ends that of alerts alone. "
     "`checkpoint`, `stop`, a signal, and everything else here work meanwhile; regular checkpoints stay due.",
 )
 RESUME = Action(
@@ -236,7 +237,7 @@ RESUME = Action(
     (ALERT,),
     undo="pause",
     details="Whoever paused it. With `alert`, as the sidecar gives it when an alert resolves, a pause that a "
-    "person ordered stays, and `paused` is true.",
+    "person is to end stays, and `paused` is true.",
 )
 PROFILE = Action(
     "profile",

@@ -202,9 +202,19 @@ class Pages:
         )
         return found[0] if found else None
 
-    def open_firings(self, run: str) -> list[Firing]:
-        """What fires for that run."""
-        return _firings(self._cursor, "WHERE run = ? AND resolved_at IS NULL ORDER BY starts_at", (run,))
+    def open_firings(self, run: str | None = None) -> list[Firing]:
+        """What fires, for that run or for any, oldest first."""
+        where, values = ("AND run = ?", (run,)) if run is not None else ("", ())
+        return _firings(self._cursor, f"WHERE resolved_at IS NULL {where} ORDER BY starts_at", values)
+
+    def last_step_at(self, firing: Firing) -> float | None:
+        """When the last step about that firing was taken or held back; None: that is not known any more."""
+        found = self._cursor.execute(
+            "SELECT max(received_at) FROM alerts WHERE run = ? AND fingerprint = ? AND starts_at = ?"
+            " AND status = 'firing' AND action != '' AND decision NOT IN ('duplicate', 'again')",
+            (firing.run, firing.fingerprint, firing.starts_at),
+        ).fetchone()
+        return None if found[0] is None else float(found[0])
 
     def runs_of(self, fingerprint: str, until: float) -> list[Firing]:
         """Open firings of that alert, in whichever run, that began at `until` or before."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.catalog.actions import ACTIONS, EMERGENCY_CHECKPOINT
+from obsinfra.catalog.actions import ACTIONS, EMERGENCY_CHECKPOINT, PAUSE
 from obsinfra.catalog.policy import DEFAULT_POLICY, Policy, Step
 from obsinfra.control.command import (
     CLOCK_SKEW_SECONDS,
@@ -172,7 +172,13 @@ class Sidecar:
             self._log.info("delivering_again", id=entry.command.id, run=entry.command.run)
             self.deliverer.deliver(entry)
         until = time.time() + RESTART_GRACE_SECONDS
-        self.journal.submit(lambda pages: pages.postpone(until)).result()
+
+        def plan(pages: Pages) -> None:
+            for firing in pages.open_firings():
+                self._plan_anew(pages, firing)
+            pages.postpone(until)
+
+        self.journal.submit(plan).result()
         self._escalator.start()
 
     def stop(self) -> None:
@@ -327,7 +333,9 @@ class Sidecar:
     def _end(self, pages: Pages, firing: Firing, now: float, round_: Round) -> None:
         """An alert resolved: no further step, and what was done is undone, unless another still wants it."""
         pages.put(replace(firing, resolved_at=now, next_at=None))
-        still_wanted = {name for other in pages.open_firings(firing.run) for name in other.undo}
+        still_wanted = {
+            name for other in pages.open_firings(firing.run) for name in (*other.undo, *self._done_for(other))
+        }
         for name in reversed(firing.undo):
             action = ACTIONS.get(name)
             if action is None or action.undo is None or name in still_wanted:
@@ -345,6 +353,10 @@ class Sidecar:
                 if pages.add_command(entry):
                     round_.commands.append(entry)
             _note(pages, round_, _firing_entry(firing, now, decision, step.action, status="resolved"))
+
+    def _done_for(self, firing: Firing) -> set[str]:
+        """Actions of the steps taken about an alert, to be undone or not."""
+        return {step.action for step in self.policy.steps(firing.name, firing.label)[: firing.taken]}
 
     # ---- steps that come due -----------------------------------------------------------------------------
 
@@ -409,6 +421,14 @@ class Sidecar:
                 round_.commands.append(entry)
         _note(pages, round_, _firing_entry(firing, now, decision, step.action))
 
+    def _plan_anew(self, pages: Pages, firing: Firing) -> None:
+        """When its next step is due by the present policy, which may be another one than that of the last."""
+        steps = self.policy.steps(firing.name, firing.label)
+        if not 0 < firing.taken < len(steps):
+            return
+        since = pages.last_step_at(firing) or firing.starts_at
+        pages.put(replace(firing, next_at=since + steps[firing.taken].after_seconds))
+
     def _after(self, firing: Firing, step: Step, steps: tuple[Step, ...], now: float) -> Firing:
         """`firing` once `step`, its next one, was taken or held back."""
         taken = firing.taken + 1
@@ -453,8 +473,8 @@ class Sidecar:
         firing: Firing, step: Step, id: str, now: float, traceparent: str | None, why: str = ""
     ) -> CommandEntry:
         args = dict(step.args)
-        if "alert" in ACTIONS[step.action].argument_names:
-            args.setdefault("alert", firing.name)
+        if "alert" in ACTIONS[step.action].argument_names and (step.undo or step.action != PAUSE.name):
+            args.setdefault("alert", firing.name)  # what ends with no alert is none of theirs
         about = f"alert {firing.name}: {firing.summary}".rstrip(": ")
         command = new_command(
             firing.run,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from obsinfra.alerting.evaluator import AlertStatus
+from obsinfra.catalog.actions import PAUSE
 from obsinfra.control.command import Command, new_command
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.run.folder import RunFolder
@@ -65,7 +66,7 @@ class AlertDuty:
                     alert.action.name,
                     source="in-process",
                     reason=f"alert {alert.name}",
-                    args={"alert": alert.name},
+                    args={} if alert.action is PAUSE else {"alert": alert.name},  # nobody here ends it
                     id=f"inproc-{alert.name}-{int(status.since * 1000)}",
                 )
             )

@@ -156,6 +156,39 @@ def test_a_run_is_not_resumed_while_another_alert_wants_it_paused(scenes: Any) -
     assert scene.done()[-1] == "resume" and scene.done().count("resume") == 1
 
 
+def with_pause(undo: bool) -> Response:
+    return Response(escalate=(Step("pause", after_minutes=1, undo=undo),))
+
+
+@pytest.mark.parametrize("which_ends_first", ["the lasting one", "the passing one"])
+def test_a_pause_without_undo_is_not_ended_by_the_end_of_another_alerts_pause(
+    scenes: Any, which_ends_first: str
+) -> None:
+    """The run is told `resume` for alerts alone, and the pause that nobody undoes is not one of theirs."""
+    scene = scenes(
+        replace(HOT, responses={"GradientExplosion": with_pause(True), "Lasting": with_pause(False)})
+    )
+    passing, lasting = alert(fingerprint="passing"), alert(fingerprint="lasting")
+    lasting["labels"] = lasting["labels"] | {"alertname": "Lasting"}
+    scene.face.decide(passing, lasting)
+    scene.later(1.1)
+    assert scene.done().count("pause") == 2
+    assert sorted(
+        command.args.get("alert", "") for command in scene.executed if command.action == "pause"
+    ) == [
+        "",
+        "GradientExplosion",
+    ]
+    if which_ends_first == "the passing one":
+        assert scene.face.decide(passing | {"status": "resolved"}) == {"resolved": 1}
+        assert "resume" not in scene.done()
+        return
+    assert scene.face.decide(lasting | {"status": "resolved"}) == {"resolved": 1}
+    assert scene.face.decide(passing | {"status": "resolved"}) == {"resolved": 1, "undone": 1}
+    assert scene.done()[-1] == "resume"
+    assert scene.executed[-1].args == {"alert": "GradientExplosion"}
+
+
 def test_the_end_of_an_earlier_firing_does_not_end_the_present_one(scenes: Any) -> None:
     scene = scenes(HOT)
     earlier, present = alert(startsAt=ago(minutes=9)), alert(startsAt=ago(seconds=1))
@@ -202,14 +235,49 @@ def test_escalation_goes_on_after_a_restart_and_does_nothing_twice(scenes: Any) 
     assert scene.done() == ["emergency_checkpoint", "pause", "stop"]
 
 
+def test_steps_that_a_change_of_the_policy_added_are_taken_for_what_fires_already(scenes: Any) -> None:
+    """Due as long after the last step as the policy says, not as long after the restart."""
+    scene = scenes(replace(HOT, responses={}), still_firing=lambda firing: True)
+    scene.face.decide(alert())
+    assert scene.face.sidecar.journal.firing()[0].next_at is None
+    scene.policy = HOT
+    scene.restart()
+    scene.later(4.9)
+    assert scene.done() == ["emergency_checkpoint"]
+    scene.later(5.1)
+    assert scene.done() == ["emergency_checkpoint", "pause"]
+    scene.later(5.1 + 15.1)
+    assert scene.done() == ["emergency_checkpoint", "pause", "stop"]
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_step_added_after_one_that_waits_for_the_end_is_taken_in_its_time(scenes: Any, undo: bool) -> None:
+    pause = Step("pause", after_minutes=1, undo=undo)
+    scene = scenes(
+        replace(HOT, responses={"GradientExplosion": Response(escalate=(pause,))}),
+        still_firing=lambda firing: True,
+    )
+    firing = alert()
+    scene.face.decide(firing)
+    scene.later(1.1)
+    assert scene.face.decide(firing) == {"duplicate": 1}  # which is no step
+    more = Response(escalate=(pause, Step("stop", after_minutes=9)))
+    scene.policy = replace(HOT, responses={"GradientExplosion": more})
+    scene.restart()
+    scene.later(1.1 + 8.9)
+    assert scene.done() == ["emergency_checkpoint", "pause"]
+    scene.later(1.1 + 9.1)
+    assert scene.done() == ["emergency_checkpoint", "pause", "stop"]
+
+
 def test_a_restarted_sidecar_waits_for_word_of_what_resolved_meanwhile(scenes: Any) -> None:
     """The step came due while it was down; Alertmanager repeats the end of the alert within seconds."""
     scene = scenes(HOT)
     firing = alert()
     scene.face.decide(firing)
-    journal = scene.face.sidecar.journal
-    (open_one,) = journal.firing()
-    journal.submit(lambda pages: pages.put(replace(open_one, next_at=time.time() - 100))).result()
+    scene.done()
+    for column, table in (("received_at", "alerts"), ("next_at", "firings")):
+        scene.face.sidecar.journal._database.execute(f"UPDATE {table} SET {column} = {column} - 400")
     scene.restart()
     scene.later(0.0)
     assert scene.done() == ["emergency_checkpoint"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from obsinfra.alerting.evaluator import AlertStatus
+from obsinfra.catalog.actions import CHECKPOINT, PAUSE
 from obsinfra.catalog.alerts import BY_NAME
 from obsinfra.control.command import Command
 from obsinfra.observation.alert_duty import AlertDuty
@@ -42,6 +44,17 @@ def test_without_a_sidecar_a_firing_alert_becomes_its_action_once(duty: Duty) ->
     (command,) = commands
     assert (command.action, command.source, command.run) == ("emergency_checkpoint", "in-process", "run")
     assert command.reason == "alert GradientExplosion"
+
+
+def test_a_pause_that_nobody_here_undoes_is_for_a_person_to_end(duty: Duty) -> None:
+    """The trainer takes a pause with the argument `alert` for one that the end of an alert may end."""
+    watch, commands = duty
+    watch.consider([replace(firing("HighCPU"), alert=replace(BY_NAME["HighCPU"], action=PAUSE))])
+    watch.consider([replace(firing("HighMemory"), alert=replace(BY_NAME["HighMemory"], action=CHECKPOINT))])
+    assert [(command.action, dict(command.args)) for command in commands] == [
+        ("pause", {}),
+        ("checkpoint", {"alert": "HighMemory"}),
+    ]
 
 
 def test_an_alert_that_fires_anew_is_acted_on_anew(duty: Duty) -> None:
