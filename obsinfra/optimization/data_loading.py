@@ -8,13 +8,14 @@ its metrics.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any, Protocol, runtime_checkable
+from numbers import Integral
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import IterableDataset
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import DataError
+from obsinfra.errors import DataError, UserError
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.optimization.arguments import LONGEST_SECONDS, flag, function, number, shown, whole_number
@@ -42,7 +43,6 @@ MOST_BATCHES_AHEAD = 10_000
 """Per worker; torch goes through as many places before it gives the first batch."""
 
 
-@runtime_checkable
 class SharedOut(Protocol):
     """A stream that gives each worker rows of its own, as `ParquetRows` does."""
 
@@ -145,7 +145,10 @@ def create_memory_efficient_dataloader(
             )
         if len(dataset) < (batch_size if drop_last else 1):
             raise DataError(f"{len(dataset)} records give no batch of {batch_size}", "one batch or more")
-    sized = not streams or isinstance(dataset, SharedOut)
+    shares = streams and _shares(dataset)
+    if shares:
+        _rows_of_workers(dataset, num_workers or 1)
+    sized = not streams or shares
     return (_Sized if sized else MemoryEfficientDataLoader)(
         dataset,
         batch_size,
@@ -345,8 +348,8 @@ class MemoryEfficientDataLoader:
         records = None
         if not self._streams:
             records = len(self.dataset)
-        elif isinstance(self.dataset, SharedOut):
-            records = sum(self.dataset.shard_rows(1))
+        elif _shares(self.dataset):
+            records = sum(_rows_of_workers(self.dataset, 1))
         return {"kind": type(self.dataset).__name__, "records": records, **self._order.identity()}
 
     # ---- memory and metrics --------------------------------------------------------------------
@@ -426,12 +429,40 @@ class _Sized(MemoryEfficientDataLoader):
         """Batches of the epoch under way, as many as there are when none is skipped."""
         if not self._streams:
             return self._order.batches(len(self.dataset))
-        return sum(self._order.batches(rows) for rows in self.dataset.shard_rows(self.num_workers))
+        return sum(self._order.batches(rows) for rows in _rows_of_workers(self.dataset, self.num_workers))
 
 
 def _most_workers(dataset: Any, streams: bool) -> int:
     """How many could be of use. A stream that we do not know may give every worker the same records."""
-    return usable_processors() if not streams or isinstance(dataset, SharedOut) else 1
+    return usable_processors() if not streams or _shares(dataset) else 1
+
+
+def _shares(stream: Any) -> bool:
+    """Whether it is `SharedOut`; an attribute of that name may mean something else."""
+    return method_of(stream, "shard_rows") is not None
+
+
+def _rows_of_workers(dataset: SharedOut, workers: int) -> list[int]:
+    """What the stream says of itself, looked at: somebody else has written it.
+
+    Raises:
+        DataError: it is not what `SharedOut` says.
+    """
+    call, of = f"{type(dataset).__name__}.shard_rows({workers})", max(1, workers)
+    expected = f"a list of {of} whole number{'s' * (of > 1)} of at least 0, the rows that each worker reads"
+    fix = "correct it, or leave it out: the stream is then read by one worker at most"
+    try:
+        rows: Any = dataset.shard_rows(workers)
+    except UserError:
+        raise
+    except Exception as error:
+        raise DataError(f"{call} raised {type(error).__name__}: {error}"[:300], expected, fix) from error
+    if not isinstance(rows, (list, tuple)) or len(rows) != of:
+        raise DataError(f"{call} returned {shown(rows)}", expected, fix)
+    for one in rows:
+        if not isinstance(one, Integral) or isinstance(one, bool) or int(one) < 0:
+            raise DataError(f"{call} returned {shown(rows)}, in it {shown(one)}", expected, fix)
+    return [int(one) for one in rows]
 
 
 def _is_error(one: object) -> bool:

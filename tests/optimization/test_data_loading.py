@@ -218,6 +218,48 @@ def test_an_attribute_of_somebodys_stream_is_not_taken_for_its_length(rows: Any)
     create_memory_efficient_dataloader(Named(8), 8, num_workers=0).load_state_dict(decode(document, tensors))
 
 
+class Told(Named):
+    """A stream that says of each worker's rows what it is told to say."""
+
+    def __init__(self, told: Any) -> None:
+        super().__init__(4)
+        self.told = told
+
+    def shard_rows(self, workers: int) -> Any:
+        return self.told(workers)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (lambda workers: "many", "shard_rows(1) returned 'many'; expected a list of 1 whole number of at"),
+        (lambda workers: None, "shard_rows(1) returned None"),
+        (lambda workers: [1, 2], "shard_rows(1) returned [1, 2]"),
+        (lambda workers: ["7"], "shard_rows(1) returned ['7'], in it '7'"),
+        (lambda workers: [-1], "in it -1"),
+        (lambda workers: [2.5], "in it 2.5"),
+        (lambda workers: [True], "in it True"),
+        (lambda: [7], "shard_rows(1) raised TypeError: "),
+    ],
+)
+def test_a_stream_that_says_nonsense_of_its_rows_is_refused_before_it_is_read(told: Any, said: str) -> None:
+    with pytest.raises(DataError) as error:
+        create_memory_efficient_dataloader(Told(told), 8)
+    assert said in str(error.value) and "fix: correct it, or leave it out" in str(error.value)
+
+
+def test_nonsense_that_comes_later_or_from_an_attribute_of_that_name() -> None:
+    """Two workers have two numbers; what cannot be called is no such method."""
+    loader = create_memory_efficient_dataloader(Told(lambda workers: [1] * (workers == 1)), 8, num_workers=1)
+    assert len(loader) == 1
+    with pytest.raises(DataError, match=r"shard_rows\(2\) returned \[\]; expected a list of 2 whole numbers"):
+        create_memory_efficient_dataloader(Told(lambda workers: [1] * (workers == 1)), 8, num_workers=2)
+    stream = Named(4)
+    stream.shard_rows = 3  # type: ignore[attr-defined]
+    loader = create_memory_efficient_dataloader(stream, 8, num_workers=0)
+    assert loader.state_dict()["records"] is None and not hasattr(loader, "__len__")
+
+
 def test_beyond_the_limit_training_ends_with_the_reason(tmp_path: Path) -> None:
     """The limit is one epoch's, and a resume does not forget what was skipped before it."""
     data = damaged_csv(tmp_path, 7, 9, 1000)

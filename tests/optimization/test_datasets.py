@@ -302,6 +302,34 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
             make()
 
 
+@pytest.mark.parametrize("index", ["close", "0", 1.5, None, True, b"0", ["a"]])
+def test_a_row_by_something_else_than_its_number_is_refused_with_what_was_given(
+    tmp_path: Path, index: Any
+) -> None:
+    write_csv(tmp_path / "sp500.csv")
+    np.save(tmp_path / "labels.npy", digits()[1])
+    rows = csv_rows(tmp_path / "sp500.csv", ["close"])
+    for data in (rows, MappedArrays(tmp_path / "labels.npy"), MappedBytes(tmp_path / "sp500.csv", 8)):
+        for ask, asked in ((data.__getitem__, index), (data.take, [index])):
+            with pytest.raises(DataError) as error:
+                ask(asked)
+            told = str(error.value)
+            assert repr(asked) in told and "expected whole numbers from 0" in told and "fix: " in told
+
+
+def test_a_row_by_any_whole_number(tmp_path: Path) -> None:
+    """NumPy's and torch's as well; of arrays also a slice and a list."""
+    write_csv(tmp_path / "sp500.csv")
+    np.save(tmp_path / "labels.npy", digits()[1])
+    rows, labels = csv_rows(tmp_path / "sp500.csv", ["close"]), MappedArrays(tmp_path / "labels.npy")
+    assert rows[np.int32(3)] == rows[torch.tensor(3)] == rows[3]
+    assert labels[torch.tensor(3)] == labels[3] and labels[-1] == digits()[1][-1]
+    assert labels[1:3].tolist() == labels[[1, 2]].tolist() == labels.take(torch.tensor([1, 2])).tolist()
+    assert len(rows.take([])) == 0
+    with pytest.raises(IndexError):
+        rows[10**6]
+
+
 @pytest.mark.parametrize(("package", "make"), [("h5py", hdf5_rows), ("pyarrow.parquet", ParquetRows)])
 def test_a_missing_package_is_named_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, make: Any

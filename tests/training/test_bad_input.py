@@ -146,6 +146,60 @@ def test_a_workload_whose_data_does_not_fit_its_model(
     assert "digits cannot take its first batch: RuntimeError" in line and "--disable-testing" in line
 
 
+TEXT_FOR_A_ROW = """
+from obsinfra.optimization.datasets.csv_rows import csv_rows
+from obsinfra.workloads.digits import Digits
+
+class ByDate(Digits):
+    def train_batches(self, model, **rest):
+        csv_rows("prices.csv")["2020-01-02"]
+
+def create(*, data_path, model_size, seed):
+    return ByDate()
+"""
+
+ROWS_OF_NOBODY = """
+from torch.utils.data import IterableDataset
+from obsinfra.optimization.data_loading import create_memory_efficient_dataloader
+from obsinfra.workloads.digits import Digits
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from range(8)
+    def shard_rows(self, workers):
+        return "plenty"
+
+class Streamed(Digits):
+    def train_batches(self, model, **rest):
+        return create_memory_efficient_dataloader(Stream(), 4)
+
+def create(*, data_path, model_size, seed):
+    return Streamed()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (TEXT_FOR_A_ROW, ["a row by index '2020-01-02'", "whole numbers from 0", "dataset[row][name]"]),
+        (
+            ROWS_OF_NOBODY,
+            ["Stream.shard_rows(1) returned 'plenty'", "a list of 1 whole number", "leave it out"],
+        ),
+    ],
+)
+def test_a_workload_that_reads_its_data_wrongly(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, said: list[str]
+) -> None:
+    (tmp_path / "prices.csv").write_text("open,close\n1,2\n")
+    (tmp_path / "reads_wrongly.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "reads_wrongly", raising=False)
+    line = refused("--model-name=reads_wrongly:create")
+    assert all(part in line for part in said), line
+
+
 @pytest.mark.slow
 def test_checkpoints_that_cannot_be_used(tmp_path: Path, refused: Refused) -> None:
     """A damaged newest one is passed over aloud; only damaged ones, and none at all, are refused."""

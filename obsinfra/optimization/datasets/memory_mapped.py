@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from obsinfra.errors import DataError
 from obsinfra.optimization.arguments import file_path, whole_number
+from obsinfra.optimization.datasets.row_numbers import places, row_numbers
 from obsinfra.optimization.reclaim import resident_bytes
 from obsinfra.optimization.reclaimable import DATASET_CACHE_ORDER, register_reclaimable
 
@@ -51,14 +52,23 @@ class MappedArrays(Dataset[Any]):
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, index: int) -> Any:
-        """One row, copied out of the file."""
-        row = {name: torch.from_numpy(np.array(array[index])) for name, array in self._arrays.items()}
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+        """One row, or those of a slice or a list of numbers, copied out of the file.
+
+        Raises:
+            DataError: an index that is no whole number.
+        """
+        place = places(index)
+        row = {name: torch.from_numpy(np.array(array[place])) for name, array in self._arrays.items()}
         return row[""] if self._single else row
 
     def take(self, indices: Sequence[int]) -> Any:
-        """Rows as one batch: a tensor [rows, …], or a dict of them."""
-        wanted = np.asarray(indices, dtype=np.int64)
+        """Rows as one batch: a tensor [rows, …], or a dict of them.
+
+        Raises:
+            DataError: indices that are no whole numbers.
+        """
+        wanted = row_numbers(indices)
         rows = {name: torch.from_numpy(np.asarray(array[wanted])) for name, array in self._arrays.items()}
         return rows[""] if self._single else rows
 
@@ -107,12 +117,21 @@ class MappedBytes(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self._windows[index]))
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Tensor:
+        """One window, or those of a slice or a list of numbers.
+
+        Raises:
+            DataError: an index that is no whole number.
+        """
+        return torch.from_numpy(np.array(self._windows[places(index)]))
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Windows as one batch, uint8 [windows, window]."""
-        return torch.from_numpy(np.asarray(self._windows[np.asarray(indices, dtype=np.int64)]))
+        """Windows as one batch, uint8 [windows, window].
+
+        Raises:
+            DataError: indices that are no whole numbers.
+        """
+        return torch.from_numpy(np.asarray(self._windows[row_numbers(indices)]))
 
     def release(self) -> int:
         """Let go of the pages this process has mapped; they are read again when wanted. Returns bytes."""

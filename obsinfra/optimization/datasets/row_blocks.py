@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from obsinfra.optimization.datasets.block_cache import BlockCache, CacheUse
+from obsinfra.optimization.datasets.row_numbers import row_number, row_numbers
 from obsinfra.optimization.datasets.skipping import CorruptRecord
 
 Column = NDArray[Any] | list[str]
@@ -83,8 +84,9 @@ class BlockedRows(Dataset[dict[str, Any]]):
         Raises:
             CorruptRecord: it is damaged.
             IndexError: there is no such row.
+            DataError: an index that is no whole number.
         """
-        return {name: values[0] for name, values in self.take([index]).items()}
+        return {name: values[0] for name, values in self.take([row_number(index)]).items()}
 
     def take(self, indices: Sequence[int]) -> dict[str, Any]:
         """Rows as one batch: per column a tensor [rows, …], or a list of text, in the order asked for.
@@ -92,8 +94,9 @@ class BlockedRows(Dataset[dict[str, Any]]):
         Raises:
             CorruptRecord: one of them is damaged.
             IndexError: there is no such row.
+            DataError: indices that are no whole numbers.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
+        wanted = row_numbers(indices)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"row {wanted.min()} … {wanted.max()} of {len(self)}")
         per_block = self.reader.rows_per_block
