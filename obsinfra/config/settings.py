@@ -186,15 +186,16 @@ class Settings(BaseModel):
     )
     shard_size: int | None = _setting(
         None,
-        "With --parallel hsdp: the ranks that have the whole model together; default: those of a host.",
+        "With --parallel hsdp: the ranks that have the whole model together; default: those of a host. With "
+        "--tensor-parallel-size: the groups that do.",
         group="Several ranks",
         ge=1,
     )
     tensor_parallel_size: int | None = _setting(
         None,
         "With --parallel tp: the ranks that compute a batch together; the data is divided among such groups. "
-        "Default: the ranks of a host. With --parallel fsdp: divide each layer among so many, and what each "
-        "of them has among the groups.",
+        "Default: the ranks of a host. With fsdp or hsdp: divide each layer among so many, and what each has "
+        "among the groups.",
         group="Several ranks",
         ge=1,
     )

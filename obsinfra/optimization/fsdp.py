@@ -49,31 +49,33 @@ def divide_over(model: nn.Module, mesh: DeviceMesh, *, offload: bool = False) ->
     Args:
         model: its layers may be divided already, by tensor parallelism over another dimension of the mesh:
             then each part is divided again, along another dimension of the tensor.
+        mesh: of one dimension, or of two: groups that have the whole each, and the ranks of a group (HSDP).
 
     Raises:
         ConfigError: such a part cannot be divided evenly.
     """
     policy = _policy(torch.device(mesh.device_type), offload)
+    shards = mesh.size(mesh.ndim - 1)
     for parameter in model.parameters():
-        _second_dimension(parameter, mesh)  # before the first is divided
+        _second_dimension(parameter, shards)  # before the first is divided
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        return _second_dimension(parameter, mesh)
+        return _second_dimension(parameter, shards)
 
     for module in (*blocks_of(model), model):
         fully_shard(module, mesh=mesh, offload_policy=policy, shard_placement_fn=place)
 
 
-def _second_dimension(parameter: nn.Parameter, mesh: DeviceMesh) -> Shard | None:
+def _second_dimension(parameter: nn.Parameter, shards: int) -> Shard | None:
     """Where FSDP2 divides a parameter: None for its rows; where ranks of a layer have rows, the columns."""
     if not isinstance(parameter, DTensor) or parameter.dim() < 2:
         return None
     if all(getattr(placement, "dim", None) != 0 for placement in parameter.placements):
         return None
-    if parameter.shape[1] % mesh.size():
+    if parameter.shape[1] % shards:
         raise ConfigError(
             f"a weight of shape {tuple(parameter.shape)}, whose rows are divided among the ranks of a layer, "
-            f"cannot be divided among {mesh.size()} groups",
+            f"cannot be divided among {shards} groups",
             "columns that divide",
             "choose another number of ranks, or --parallel tp without FSDP",
         )

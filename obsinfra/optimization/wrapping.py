@@ -24,6 +24,9 @@ from obsinfra.errors import ConfigError, RanksDifferError
 Parallel = Literal["off", "ddp", "fsdp", "hsdp"]
 Compression = Literal["off", "bf16", "fp16", "powersgd"]
 
+TRAVELS_AS = {"bf16": torch.bfloat16, "fp16": torch.float16, "powersgd": torch.float32}
+"""What is summed on the way, by compression."""
+
 POWERSGD_RANK = 4
 POWERSGD_WHOLE_STEPS = 10
 
@@ -129,17 +132,21 @@ def local_rank() -> int | None:
     return int(told) if told.isdigit() else None
 
 
-def group_size(ranks: int, asked: int | None, option: str) -> int:
+def group_size(ranks: int, asked: int | None, option: str, *, together: int = 1) -> int:
     """Ranks of a group; those of a host unless asked otherwise.
+
+    Args:
+        together: neighbouring ranks that count as one, those of a tensor-parallel group.
 
     Raises:
         ConfigError: it does not divide the number of ranks.
     """
-    size = asked or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if ranks % size:
-        whose = "" if asked else " (the ranks of a host)"
+    members, who = ranks // together, "ranks" if together == 1 else f"groups of {together} ranks"
+    size = asked or max(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // together, 1)
+    if members % size:
+        whose = "" if asked else f" (the {who} of a host)"
         raise ConfigError(
-            f"{option} {size}{whose} does not divide {ranks} ranks",
+            f"{option} {size}{whose} does not divide {members} {who}",
             "groups of as many ranks each",
             f"choose another {option} or number of ranks",
         )
@@ -157,10 +164,8 @@ def replicate(model: nn.Module, compression: str = "off") -> DistributedDataPara
     """
     check_wrappable(model, "DDP", _ddp_problem)
     device = next(model.parameters()).device
-    if compression == "bf16" and device.type != "cuda":
-        raise ConfigError(
-            f"gradient compression bf16 on {device.type}", "GPUs: torch's hook is made for them", "take fp16"
-        )
+    if compression != "off":
+        check_compression(compression, model)
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -168,8 +173,33 @@ def replicate(model: nn.Module, compression: str = "off") -> DistributedDataPara
         bucket_cap_mb=_bucket_megabytes(model) if compression == "powersgd" else None,
     )
     if compression != "off":
-        wrapped.register_comm_hook(*_compressing(compression))
+        wrapped.register_comm_hook(*_compressing(compression, device))
     return wrapped
+
+
+def check_compression(how: str, model: nn.Module) -> None:
+    """Whether this group can exchange what gradients are compressed to; one small collective.
+
+    Raises:
+        ConfigError: it cannot, on every rank.
+    """
+    odd = next((name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad), None)
+    if odd is not None:
+        raise ConfigError(
+            f"gradient compression {how} of {odd}, which is complex",
+            "real parameters: the imaginary part would be lost",
+            "drop gradient_compression",
+        )
+    device = next(model.parameters()).device
+    trial = torch.ones(1, dtype=TRAVELS_AS[how], device=device)
+    try:
+        dist.all_reduce(trial)
+    except (RuntimeError, ValueError, TypeError) as error:  # before anything was sent: for all the same
+        raise ConfigError(
+            f"gradient compression {how} on {device.type}: {str(error).partition(chr(10))[0][:200]}",
+            f"a backend that sums {trial.dtype}, as gloo and NCCL do (here {_backend_of(device)})",
+            "choose another one, or drop gradient_compression",
+        ) from error
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -257,12 +287,30 @@ def _bucket_megabytes(model: nn.Module) -> int:
     return 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20
 
 
-def _compressing(how: str) -> tuple[Any, Callable[..., Any]]:
-    """State and hook of torch's own gradient compression."""
+def _in_bf16(state: Any, bucket):  # type: ignore[no-untyped-def]  # torch wants no text for types
+    """A hook of DDP: the mean of a bucket, each rank's share and each sum of them rounded to bf16."""
+    whole = bucket.buffer()
+    half = whole.to(torch.bfloat16).div_(dist.get_world_size())
+
+    def widened(summed: Any) -> Tensor:
+        whole.copy_(summed.value()[0])
+        return whole  # type: ignore[no-any-return]
+
+    return dist.all_reduce(half, async_op=True).get_future().then(widened)
+
+
+def _backend_of(device: torch.device) -> str:
+    """What exchanges tensors of a device, such as `gloo`."""
+    by_device = dict(part.split(":", 1) for part in str(dist.get_backend_config()).split(","))
+    return by_device.get(device.type, "none")
+
+
+def _compressing(how: str, device: torch.device) -> tuple[Any, Callable[..., Any]]:
+    """State and hook of torch's own gradient compression; of bf16 ours where torch's is not allowed."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     if how == "bf16":
-        return None, default_hooks.bf16_compress_hook
+        return None, default_hooks.bf16_compress_hook if _backend_of(device) == "nccl" else _in_bf16
     if how == "fp16":
         return None, default_hooks.fp16_compress_hook
     # Vogels et al. 2019, arXiv 1905.13727. Gradients travel whole for the first steps, in which they change

@@ -41,18 +41,19 @@ class FullySharded(DataParallel):
     Args:
         ranks: the group; torch's process group is there.
         settings: checked for what does not work with it.
+        together: neighbouring ranks that count as one here, since they compute the same batch.
 
     Raises:
         ConfigError: a setting that does not work with it, or shards that do not fit the ranks.
     """
 
-    def __init__(self, ranks: Ranks, settings: Settings) -> None:
+    def __init__(self, ranks: Ranks, settings: Settings, *, together: int = 1) -> None:
         refuse_what_needs_whole_models(settings)
         super().__init__(ranks)
         self._how, self._who = settings.parallel, "ranks"
         self._shard_size = ranks.size
         if settings.parallel == "hsdp":
-            self._shard_size = group_size(ranks.size, settings.shard_size, "--shard-size")
+            self._shard_size = group_size(ranks.size, settings.shard_size, "--shard-size", together=together)
         self._accumulate = settings.accumulate
         self._offload = settings.fsdp_offload == "on"
         self._buffers: list[Tensor] = []

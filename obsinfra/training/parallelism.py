@@ -247,11 +247,11 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
             "--parallel hsdp, whose shards it sizes",
             "add --parallel hsdp, or drop --shard-size",
         )
-    if settings.tensor_parallel_size is not None and settings.parallel not in ("tp", "fsdp"):
+    if settings.tensor_parallel_size is not None and settings.parallel not in ("tp", "fsdp", "hsdp"):
         raise ConfigError(
             f"--tensor-parallel-size {settings.tensor_parallel_size} with --parallel {settings.parallel}",
-            "--parallel tp, whose groups it sizes, or fsdp, with which it goes together",
-            "add --parallel tp or fsdp, or drop --tensor-parallel-size",
+            "--parallel tp, whose groups it sizes, or fsdp or hsdp, with which it goes together",
+            "add --parallel tp, fsdp or hsdp, or drop --tensor-parallel-size",
         )
     if ranks.alone:
         if settings.parallel in ("fsdp", "hsdp", "tp"):
@@ -261,7 +261,7 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
                 "start with --nproc-per-node 2 or more, or train with --parallel auto",
             )
         return OneProcess(ranks)
-    if settings.parallel == "fsdp" and settings.tensor_parallel_size is not None:
+    if settings.parallel in ("fsdp", "hsdp") and settings.tensor_parallel_size is not None:
         from obsinfra.training.tensor_parallel import TensorAndFullySharded
 
         return TensorAndFullySharded(ranks, settings)

@@ -1,11 +1,11 @@
 """Tensor parallelism: each rank of a group computes a part of every layer that the model's plan names, on the
 same batch; several groups divide the data. `choose_parallelism` makes one where `--parallel tp` asks for it,
-or `--parallel fsdp` with `--tensor-parallel-size` for both.
+or `--parallel fsdp` or `hsdp` with `--tensor-parallel-size` for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,12 +61,15 @@ class TensorParallel(DataParallel):
         Raises:
             ConfigError: it has no plan, or none for groups of this size.
         """
-        self._peers = self.divide_layers(model)["data"].get_group()
+        self._peers = self.divide_layers(model, {"data": self.parts}).get_group()
         self._parameters = list(model.parameters())
         return model
 
-    def divide_layers(self, model: nn.Module) -> DeviceMesh:
-        """Divide what the plan names, in place; the mesh of `data` (groups) and `tensor` (within a group).
+    def divide_layers(self, model: nn.Module, groups: Mapping[str, int]) -> DeviceMesh:
+        """Divide what the plan names, in place; the mesh of the groups.
+
+        Args:
+            groups: its dimensions, by name; their product is the number of groups.
 
         Raises:
             ConfigError: as `wrap`.
@@ -82,11 +85,12 @@ class TensorParallel(DataParallel):
         self._buffers = saved_buffers(model)
         broadcast((*model.parameters(), *model.buffers()))
         device = next(model.parameters()).device
-        mesh = init_device_mesh(device.type, (self.parts, self._group), mesh_dim_names=("data", "tensor"))
+        names = (*groups, "tensor")
+        mesh = init_device_mesh(device.type, (*groups.values(), self._group), mesh_dim_names=names)
         for name, module in model.named_modules():
             if name in styles or any(True for _ in module.parameters(recurse=False)):
                 parallelize_module(module, mesh["tensor"], styles.get(name) or Whole())
-        return mesh
+        return mesh[tuple(groups)]
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """As under DDP, among groups."""
@@ -126,7 +130,8 @@ class TensorParallel(DataParallel):
 
 class TensorAndFullySharded(FullySharded):
     """Both: neighbouring ranks are a group that divides the layers, and the groups divide what each of their
-    ranks has by FSDP2 (a mesh of two dimensions). Data is divided among groups.
+    ranks has by FSDP2 (a mesh of two dimensions), or each `--shard-size` of the groups do (HSDP, of three).
+    Data is divided among groups.
 
     Args:
         ranks: all of them; torch's process group is there.
@@ -137,15 +142,17 @@ class TensorAndFullySharded(FullySharded):
     """
 
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
-        super().__init__(ranks, settings)
         self._layers = TensorParallel(ranks, settings)
-        self.part, self.parts, self._who = self._layers.part, self._layers.parts, "groups"
-        if self.parts == 1:
+        groups = self._layers.parts
+        if groups == 1:
+            all_of_them = f"--tensor-parallel-size {ranks.size} of {ranks.size} ranks"
             raise ConfigError(
-                f"--tensor-parallel-size {ranks.size} of {ranks.size} ranks with --parallel fsdp",
+                f"{all_of_them} with --parallel {settings.parallel}",
                 "several groups, among which FSDP divides the model",
                 "make it smaller, or train with --parallel tp",
             )
+        super().__init__(ranks, settings, together=ranks.size // groups)
+        self.part, self.parts, self._who = self._layers.part, groups, "groups"
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself, its layers divided by its plan and the parts by FSDP2, with rank 0's values.
@@ -154,8 +161,10 @@ class TensorAndFullySharded(FullySharded):
             ConfigError: as `TensorParallel.wrap`, or a part that cannot be divided among the groups.
         """
         self._buffers = saved_buffers(model)
-        mesh = self._layers.divide_layers(model)
-        divide_over(model, mesh["data"], offload=self._offload)
+        groups = {"data": self.parts}
+        if self._how == "hsdp" and self._shard_size < self.parts:
+            groups = {"replicate": self.parts // self._shard_size, "shard": self._shard_size}
+        divide_over(model, self._layers.divide_layers(model, groups), offload=self._offload)
         return model
 
     def counted(self, samples: int) -> int:

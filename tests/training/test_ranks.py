@@ -12,13 +12,15 @@ import pytest
 import torch
 from rank_faults import AT_STEP
 from rank_processes import in_group, trained
+from torch import nn
 
 from obsinfra.backup.backup_system import create_backup_system
 from obsinfra.control.command import new_command
-from obsinfra.errors import CommandError
+from obsinfra.errors import CommandError, ConfigError
 from obsinfra.observation import executors
 from obsinfra.observation.observed_run import ObservedRun
 from obsinfra.observation.ranks import Alone
+from obsinfra.optimization import wrapping
 from obsinfra.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -62,7 +64,7 @@ def test_parts_that_are_not_equal_count_by_their_samples(tmp_path: Path) -> None
     assert abs(one["validation"]["loss"] - three[0]["validation"]["loss"]) < 1e-4
 
 
-@pytest.mark.parametrize("compression", ["fp16", "powersgd"])
+@pytest.mark.parametrize("compression", ["bf16", "fp16", "powersgd"])
 def test_compressed_gradients_train_nearly_the_same_model(tmp_path: Path, compression: str) -> None:
     """All ranks have the same parameters still; more is lost than by the order of summation, and little."""
     settings = {"model_name": "byte_gpt", "batch_size": 4, "max_steps": 13, "validate_every": 0, "run": "r"}
@@ -72,9 +74,54 @@ def test_compressed_gradients_train_nearly_the_same_model(tmp_path: Path, compre
     assert 1e-5 < far(one["parameters"], two[0]["parameters"]) < 0.05
 
 
-def test_compression_made_for_gpus_is_refused_without(tmp_path: Path) -> None:
-    found = in_group(2, _trained, tmp_path, {"model_name": "regression", "gradient_compression": "bf16"})
-    assert all("ConfigError: gradient compression bf16 on cpu" in text for text in found), found
+def _mlp(ranks: Any) -> dict[str, tuple[list[float], dict[str, Any]]]:
+    """Losses over this rank's half of the rows, and the parameters, by how gradients travel."""
+    rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(5))
+    goal = rows.sin().sum(1, keepdim=True)
+    mine = slice(32 * ranks.rank, 32 * ranks.rank + 32)
+    found = {}
+    for how in ("off", "bf16", "fp16", "powersgd"):
+        torch.manual_seed(0)
+        model = wrapping.replicate(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)), how)
+        steps = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        losses = []
+        for _ in range(60):
+            steps.zero_grad()
+            loss = (model(rows[mine]) - goal[mine]).square().mean()
+            loss.backward()
+            steps.step()
+            losses.append(float(loss))
+        found[how] = losses, {name: value.detach().numpy() for name, value in model.named_parameters()}
+    return found
+
+
+def test_an_mlp_learns_as_well_from_compressed_gradients() -> None:
+    first, second = in_group(2, _mlp)
+    assert isinstance(first, dict) and isinstance(second, dict), (first, second)
+    whole = np.add(first["off"][0], second["off"][0]) / 2
+    assert whole[-1] < whole[0] / 20
+    for how, close in (("bf16", 0.02), ("fp16", 0.002), ("powersgd", 0.1)):
+        assert far(first[how][1], second[how][1]) == 0.0 < far(first[how][1], first["off"][1]), how
+        losses = np.add(first[how][0], second[how][0]) / 2
+        assert np.abs(losses - whole).max() < close * whole[0], how
+
+
+def _unable(ranks: Any) -> list[str]:
+    told = []
+    wrapping.TRAVELS_AS["bf16"] = torch.float8_e5m2  # stands for a backend that cannot
+    complex_one = nn.Linear(2, 2).to(torch.complex64)
+    for compression, model in (("bf16", nn.Linear(2, 2)), ("fp16", complex_one), ("powersgd", complex_one)):
+        with pytest.raises(ConfigError) as error:
+            wrapping.replicate(model, compression)
+        told.append(str(error.value))
+    return told
+
+
+def test_a_compression_that_cannot_be_done_is_refused_on_both() -> None:
+    first, second = in_group(2, _unable)
+    assert first == second and len(first) == 3, first
+    assert first[0].startswith("gradient compression bf16 on cpu: ") and "(here gloo)" in first[0]
+    assert "gradient compression fp16 of weight, which is complex" in first[1] and "powersgd" in first[2]
 
 
 def test_compression_and_recovery_are_refused_together(tmp_path: Path) -> None:

@@ -101,9 +101,39 @@ def test_pairs_that_divide_the_layers_and_their_parts_by_fsdp_train_as_one_proce
     assert far(one["parameters"], four[0]["parameters"]) < 1e-4
 
 
+def test_two_times_two_pairs_train_as_one_process_and_go_on_alone(tmp_path: Path) -> None:
+    """A mesh of two times two times two ranks: pairs divide the layers, two of them the model by FSDP2, and
+    both halves have it. Each rank has a quarter of a block; the losses are those of one process; and of what
+    is had twice, the checkpoint has one."""
+    settings = {**GPT, "batch_size": 8, "max_steps": 3, "clip_norm": 0.5, "warmup_steps": 0}
+    one = _told(Alone(), tmp_path / "one", settings)
+    all_three = {"parallel": "hsdp", "shard_size": 2, "tensor_parallel_size": 2, "checkpoint_form": "sharded"}
+    eight = in_group(8, _told, tmp_path / "eight", {**settings, **all_three})
+    assert all(isinstance(rank, dict) for rank in eight), eight
+    width = SIZES["nano"].width
+    assert [rank["own"] for rank in eight] == [12 * width**2 // 4 + 2 * width // 2] * 8
+    assert all(far(eight[0]["parameters"], rank["parameters"]) == 0.0 for rank in eight)
+    quarters = [eight[first]["losses"] for first in range(0, 8, 2)]
+    assert len({tuple(losses) for losses in quarters}) == 4  # the data is divided among all of the pairs
+    together = [sum(losses) / 4 for losses in zip(*quarters, strict=True)]
+    assert together == pytest.approx(one["losses"], rel=1e-4) and one["losses"][-1] < 0.95 * one["losses"][0]
+    assert far(one["parameters"], eight[0]["parameters"]) < 1e-4
+    alone = trained(Alone(), tmp_path / "eight", **{**settings, "run": None, "resume": "r"})
+    assert far(alone["parameters"], eight[0]["parameters"]) == 0.0
+    store = create_backup_system(tmp_path / "eight" / "r" / "checkpoints")
+    (saved,) = (found for found in store.list() if found.in_parts)
+    kept = sum(tensor.nbytes for tensor in saved.tensors)
+    assert kept < 1.01 * 3 * 4 * sum(value.size for value in one["parameters"].values())
+
+
 def _both_refused(ranks: Any) -> None:
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 of 2 ranks with --parallel fsdp"):
-        choose_parallelism(ranks, Settings(parallel="fsdp", tensor_parallel_size=2))
+    for parallel in ("fsdp", "hsdp"):
+        with pytest.raises(
+            ConfigError, match=f"--tensor-parallel-size 2 of 2 ranks with --parallel {parallel}"
+        ):
+            choose_parallelism(ranks, Settings(parallel=parallel, tensor_parallel_size=2))
+    with pytest.raises(ConfigError, match="--shard-size 3 does not divide 2 ranks"):
+        choose_parallelism(ranks, Settings(parallel="hsdp", tensor_parallel_size=1, shard_size=3))
     with pytest.raises(ConfigError, match="--tensor-parallel-size 3 does not divide 2 ranks"):
         choose_parallelism(ranks, Settings(parallel="fsdp", tensor_parallel_size=3))
     both = choose_parallelism(ranks, Settings(parallel="fsdp", tensor_parallel_size=1))

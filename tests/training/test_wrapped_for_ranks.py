@@ -102,7 +102,6 @@ def _ranks_refuse(ranks: Any) -> Any:
         "twice": _refused(ddp, ddp.optimize_model(nn.Linear(2, 2))),
         "parts twice": _refused(fsdp, fsdp.optimize_model(nn.Linear(2, 2))),
         "hsdp": _refused(optimizer(parallel="hsdp", shard_size=3), nn.Linear(2, 2)),
-        "bf16": _refused(optimizer(parallel="ddp", gradient_compression="bf16"), nn.Linear(2, 2)),
         "differ": _refused(ddp, lone, RanksDifferError),
         "differ in parts": _refused(fsdp, lone, RanksDifferError),
     }
@@ -126,7 +125,6 @@ EXPECTED = {
     "twice": "DistributedDataParallel cannot be wrapped by DDP: it is wrapped by DDP already",
     "parts twice": "cannot be wrapped by FSDP2: ranks have parts of it already",
     "hsdp": "shard_size 3 does not divide 2 ranks",
-    "bf16": "gradient compression bf16 on cpu",
     "differ": "rank 1 has parameters of other names, shapes or types than rank 0",
     "differ in parts": "rank 1 has parameters of other names, shapes or types than rank 0",
 }
