@@ -4,7 +4,7 @@
 
 Several small loops (a process each: `obsinfra.observe` around a two-layer model, 50 steps a second) raise
 the gradient norm of one step to a million at random moments, each well after the last one was over. With the
-stack (Prometheus, Alertmanager and the sidecar, natively, at the given scrape and evaluation interval) the
+stack (Prometheus, Alertmanager and the sidecar, natively, as `obsinfra up --scrape-interval` starts them) the
 command comes from the sidecar; without, from the evaluator in the loop's own process. Printed, in seconds:
 
     to the sidecar   crossing → Alertmanager's webhook is in the sidecar's journal

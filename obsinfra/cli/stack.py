@@ -32,7 +32,10 @@ def up(
     output_dir: OutputDir = Path("runs"),
     scrape_interval: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it at run time
-        typer.Option(help="Scrape and evaluation interval, e.g. 1s; default: prometheus/prometheus.yml's."),
+        typer.Option(
+            help="Scrape interval, e.g. 1s; rules are evaluated twice as often. "
+            "Default: prometheus/prometheus.yml's."
+        ),
     ] = None,
     compose: Annotated[
         Optional[bool],  # noqa: UP045

@@ -35,6 +35,7 @@ TOKEN_PATH = "/run/secrets/obsinfra_token"
 """Where the committed files expect the sidecar's bearer token."""
 
 _INTERVAL = re.compile(r"[1-9][0-9]*(ms|s|m)")
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000}
 
 
 def find_stack_files() -> Path:
@@ -147,6 +148,12 @@ def check_interval(text: str) -> str:
     return text
 
 
+def halved(interval: str) -> str:
+    """Half of an interval that `check_interval` accepts, in milliseconds."""
+    unit = next(unit for unit in ("ms", "s", "m") if interval.endswith(unit))
+    return f"{max(1, int(interval.removesuffix(unit)) * _MILLISECONDS[unit] // 2)}ms"
+
+
 def ensure_token(path: Path) -> Path:
     """Make a random bearer token at `path`, 0600, unless there is one. Returns the absolute path."""
     if not path.exists():
@@ -156,7 +163,7 @@ def ensure_token(path: Path) -> Path:
 
 def _set_interval(prometheus: dict[str, Any], interval: str) -> None:
     prometheus["global"]["scrape_interval"] = interval
-    prometheus["global"]["evaluation_interval"] = interval
+    prometheus["global"]["evaluation_interval"] = halved(interval)
     for job in prometheus["scrape_configs"]:
         for discovery in job.get("http_sd_configs", ()):
             discovery["refresh_interval"] = interval

@@ -94,7 +94,7 @@ def test_every_service_address_is_replaced_and_nothing_else(written: Path) -> No
         assert not any(address in text for address in (*SERVICES.values(), TOKEN_PATH)), name
         document = replaced(load(written / name), back)
         if name.startswith("prometheus"):
-            assert document["global"] == {"scrape_interval": "1s", "evaluation_interval": "1s"}
+            assert document["global"] == {"scrape_interval": "1s", "evaluation_interval": "500ms"}
             assert document["scrape_configs"][0]["http_sd_configs"][0]["refresh_interval"] == "1s"
             document["global"] = load(TOP / name)["global"]
             document["scrape_configs"][0]["http_sd_configs"][0]["refresh_interval"] = "5s"
@@ -110,6 +110,17 @@ def test_without_an_interval_the_files_own_holds(tmp_path: Path) -> None:
         load(tmp_path / "prometheus/prometheus.yml")["global"]
         == load(TOP / "prometheus/prometheus.yml")["global"]
     )
+
+
+@pytest.mark.parametrize(
+    ("scrape", "evaluation"), [("1s", "500ms"), ("250ms", "125ms"), ("1m", "30000ms"), ("1ms", "1ms")]
+)
+def test_rules_are_evaluated_twice_as_often_as_values_are_scraped(
+    tmp_path: Path, scrape: str, evaluation: str
+) -> None:
+    write_configuration(tmp_path, ADDRESSES, tmp_path / "token", scrape_interval=scrape)
+    found = load(tmp_path / "prometheus/prometheus.yml")["global"]
+    assert found == {"scrape_interval": scrape, "evaluation_interval": evaluation}
 
 
 def test_only_whole_addresses_are_replaced() -> None:
