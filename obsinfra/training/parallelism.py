@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 import obsinfra
 from obsinfra.config.settings import Settings
 from obsinfra.errors import ConfigError, RanksDifferError
 from obsinfra.observation.ranks import Ranks
+from obsinfra.optimization.clipping import clip_gradients
 from obsinfra.optimization.wrapping import device_of_rank, replicate
 from obsinfra.training.own_time import OwnTime, timed_backward
 from obsinfra.workloads.protocol import Batches, Workload
@@ -112,7 +112,7 @@ class OneProcess:
         return timed_backward(loss)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
-        return clip_grad_norm_(parameters, limit)
+        return clip_gradients(parameters, limit)
 
     def counted(self, samples: int) -> int:
         return samples
@@ -192,7 +192,7 @@ class DataParallel:
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Every rank has all gradients."""
-        return clip_grad_norm_(parameters, limit)
+        return clip_gradients(parameters, limit)
 
     def counted(self, samples: int) -> int:
         """All of its part."""
