@@ -30,7 +30,9 @@ def parameters_of(shapes: list[tuple[int, ...]], kinds: list[torch.dtype], seed:
 
 
 def bits(tensor: Tensor | None) -> bytes | None:
-    return None if tensor is None else tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if tensor is None:
+        return None
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @given(
