@@ -29,7 +29,7 @@ def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
         limit: `inf` only measures.
 
     Returns:
-        The norm before, a tensor of no dimension. One that is not finite makes the gradients NaN, as in torch.
+        The norm before, a tensor of no dimension. If not finite, it makes gradients NaN or 0, as in torch.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not _alike_on_cpu(gradients):
