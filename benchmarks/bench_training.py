@@ -10,6 +10,7 @@ They take turns: in every round, in rotating order, each trains for as many step
 contender's overhead is its time per step less the bare loop's of the same round.
 
     bare         zero_grad, forward, backward, clip_grad_norm_, fused AdamW
+    kept         the same in a process that keeps freed pages, as the trainer has it (docs/memory.md)
     obsinfra     the trainer as `obsinfra train` runs it: metrics, traces, alerts, control, checkpoints
     lightning    Trainer without logger, checkpoints and progress bar
     accelerate   Accelerator.prepare, backward, clip_grad_norm_
@@ -22,7 +23,9 @@ in the trainer under torchrun; the difference is what control, metrics and agree
 it a core more than ranks: a thread that takes a core from one rank for a moment makes all of them wait.
 
 Beside the time is the processor time of a step, of all ranks and all their threads. It counts what threads do
-whether or not anybody waits for it, but not the checkpoint writer, which is a process of its own.
+whether or not anybody waits for it, but not the checkpoint writer, which is a process of its own. So are the
+page faults of a step, each of which is a page the kernel had to map anew; and the largest resident size of a
+rank, which for ours holds a snapshot of the training's state too.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import socket
 import statistics
 import subprocess
@@ -41,12 +45,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from machine import processor_name
 
-SINGLE = ("bare", "obsinfra", "lightning", "accelerate")
-RANKS = ("bare", "obsinfra")
+SINGLE = ("bare", "kept", "obsinfra", "lightning", "accelerate")
+RANKS = ("bare", "kept", "obsinfra")
 MODELS = ("mlp", "gpt")
 GOALS = {"mlp": "at most 15 µs per step over bare", "gpt": "at most 1.02 × bare"}
 PACKAGES = ("obsinfra", "torch", "lightning", "accelerate")
@@ -94,6 +98,11 @@ class Line:
             setattr(time, name, lambda real=real: real() - int(self.stood_still * 1e9))
 
 
+def page_faults() -> int:
+    """Of this process so far, without those that had to wait for a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 class Turns:
     """Batches in the order of the list, over and over, a turn at a time; ends when there is no further turn.
 
@@ -113,12 +122,18 @@ class Turns:
         now, batches, count = self._line._real, self._batches, len(self._batches)
         at = self._at
         while steps := self._line.wait():
-            began, spent = now(), time.process_time()
+            began, spent, faults = now(), time.process_time(), page_faults()
             for _ in range(steps):
                 batch = batches[at % count]
                 at += 1
                 yield batch if self._ranks == 1 else Portion(batch, 1, self._ranks)
-            self._line.say({"seconds": now() - began, "processor": time.process_time() - spent})
+            self._line.say(
+                {
+                    "seconds": now() - began,
+                    "processor": time.process_time() - spent,
+                    "faults": page_faults() - faults,
+                }
+            )
 
     def __len__(self) -> int:
         return ENOUGH
@@ -223,6 +238,13 @@ def bare(workload: Any, turns: Turns, precision: str, device: Any, folder: Path,
     return model
 
 
+def kept(workload: Any, turns: Turns, precision: str, device: Any, folder: Path, ranks: int) -> Any:
+    from obsinfra.optimization.kept_pages import keep_freed_pages
+
+    keep_freed_pages("auto", device)
+    return bare(workload, turns, precision, device, folder, ranks)
+
+
 def obsinfra(workload: Any, turns: Turns, precision: str, device: Any, folder: Path, ranks: int) -> Any:
     from obsinfra.config.settings import Settings
     from obsinfra.monitoring.logging_config import configure_logging
@@ -315,6 +337,7 @@ def _as_is(batch: Any) -> Any:
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
     "bare": bare,
+    "kept": kept,
     "obsinfra": obsinfra,
     "lightning": lightning,
     "accelerate": accelerate,
@@ -335,10 +358,27 @@ def contend(arguments: argparse.Namespace) -> None:
         workload, turns, arguments.precision, device, arguments.folder / arguments.contender, ranks
     )
     size = sum(float(parameter.detach().double().abs().sum()) for parameter in model.parameters())
-    line.say({"parameters": size})
+    line.say({"parameters": size, "kilobytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
 
 
 # ---- the benchmark ------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """Of a step: microseconds, of several ranks the slowest one's; those of the processor and page faults, of
+    all ranks together."""
+
+    time: float
+    processor: float
+    faults: float
+
+
+class End(NamedTuple):
+    """Of a contender: the sum of the absolute parameters it has trained, NaN when it failed; the largest
+    resident size of a rank."""
+
+    parameters: float
+    mebibytes: float
 
 
 class Contender:
@@ -382,11 +422,11 @@ class Contender:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
             raise SystemExit(f"{self.name} ended with {self.process.returncode}:\n{tail}")
 
-    def turn(self, steps: int) -> tuple[float, float]:
-        """Seconds of so many steps, of several ranks the slowest one's, and processor seconds of them all."""
+    def turn(self, steps: int) -> Cost:
+        """What a step of so many cost."""
         for line in self.lines:
             print(steps, file=line, flush=True)
-        taken, spent = [], 0.0
+        taken, spent, faults = [], 0.0, 0
         for line in self.lines:
             try:
                 answer = line.readline()
@@ -398,27 +438,29 @@ class Contender:
             told = json.loads(answer)
             taken.append(float(told["seconds"]))
             spent += float(told["processor"])
-        return max(taken), spent
+            faults += int(told["faults"])
+        return Cost(max(taken) / steps * 1e6, spent / steps * 1e6, faults / steps)
 
-    def end(self) -> float:
-        """No further turn. Returns the sum of the absolute parameters it has trained; NaN when it failed."""
-        size = float("nan")
+    def end(self) -> End:
+        """No further turn; how it ended."""
+        ended = End(float("nan"), 0.0)
         for line in self.lines:
             with contextlib.suppress(OSError):
                 print(0, file=line, flush=True)
         for line in self.lines:
             with contextlib.suppress(OSError, ValueError):
-                size = float(json.loads(line.readline())["parameters"])
+                told = json.loads(line.readline())
+                ended = End(float(told["parameters"]), max(ended.mebibytes, told["kilobytes"] / 1024))
         try:
             self.process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        return size
+        return ended
 
 
-def measure(model: str, arguments: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """Microseconds per step of every contender in every round, and those of the processor."""
+def measure(model: str, arguments: argparse.Namespace) -> tuple[dict[str, list[Cost]], dict[str, End]]:
+    """What a step cost every contender in every round, and how they ended."""
     names = [name for name in (RANKS if arguments.ranks > 1 else SINGLE) if name in arguments.only]
     contenders: list[Contender] = []
     with tempfile.TemporaryDirectory() as scratch, socket.socket(socket.AF_UNIX) as server:
@@ -429,41 +471,43 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, list[tuple[f
                 contenders.append(Contender(name, model, arguments, Path(scratch), server))
             for contender in contenders:
                 contender.turn(10)  # warm up
-            usual = [contender.turn(10)[0] / 10 for contender in contenders]
-            steps = max(10, int(arguments.seconds / usual[0]))
-            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+            usual = [contender.turn(10).time for contender in contenders]
+            steps = max(10, int(arguments.seconds * 1e6 / usual[0]))
+            taken: dict[str, list[Cost]] = {name: [] for name in names}
             for number in range(arguments.rounds):
                 shift = number % len(contenders)
                 for contender in contenders[shift:] + contenders[:shift]:
-                    seconds, processor = contender.turn(steps)
-                    taken[contender.name].append((seconds / steps * 1e6, processor / steps * 1e6))
+                    taken[contender.name].append(contender.turn(steps))
                 if sys.stderr.isatty():
                     print(f"\r{model}: round {number + 1} of {arguments.rounds}", end="", file=sys.stderr)
         finally:
-            sizes = {contender.name: contender.end() for contender in contenders}
+            ends = {contender.name: contender.end() for contender in contenders}
     print(f"\n{model}, {arguments.precision}: {arguments.rounds} rounds of {steps} steps, order rotated")
-    apart = {name: size / sizes["bare"] - 1 for name, size in sizes.items() if name != "bare"}
+    base = ends["bare"].parameters
+    apart = {name: end.parameters / base - 1 for name, end in ends.items() if name != "bare"}
     told = ", ".join(f"{name} {share:+.1e}" for name, share in apart.items())
     print(f"trained to the same: sum of |parameters| relative to bare: {told}")
-    return taken
+    return taken, ends
 
 
-def report(model: str, taken: dict[str, list[tuple[float, float]]], ranks: int) -> None:
-    """Per contender: time per step, and over the bare loop of the same round; the same of processor time."""
+def report(model: str, taken: dict[str, list[Cost]], ends: dict[str, End], ranks: int) -> None:
+    """Per contender: time per step, and over the bare loop of the same round; the same of processor time;
+    page faults and memory."""
     base = taken["bare"]
     titles = f"{'µs per step':<12} {'median':>10} {'over bare':>10} {'quartiles':>21} {'× bare':>8}"
-    print(f"{titles} {'processor':>11} {'× bare':>8}")
+    print(f"{titles} {'processor':>11} {'× bare':>8} {'faults':>8} {'MiB':>6}")
     for name, values in taken.items():
-        middle, processor = (statistics.median(part) for part in zip(*values, strict=True))
+        middle, processor, faults = (statistics.median(part) for part in zip(*values, strict=True))
+        memory = f"{faults:>8.1f} {ends[name].mebibytes:>6.0f}"
         if name == "bare":
-            print(f"{name:<12} {middle:>10.1f} {'':>41} {processor:>11.1f}")
+            print(f"{name:<12} {middle:>10.1f} {'':>41} {processor:>11.1f} {'':>8} {memory}")
             continue
         pairs = list(zip(values, base, strict=True))
-        low, over, high = quartiles([mine[0] - bare[0] for mine, bare in pairs])
+        low, over, high = quartiles([mine.time - bare.time for mine, bare in pairs])
         times, busy = (statistics.median([mine[at] / bare[at] for mine, bare in pairs]) for at in (0, 1))
         spread = f"{low:.1f} … {high:.1f}"
         line = f"{name:<12} {middle:>10.1f} {over:>10.1f} {spread:>21} {times:>8.4f}"
-        print(f"{line} {processor:>11.1f} {busy:>8.4f}")
+        print(f"{line} {processor:>11.1f} {busy:>8.4f} {memory}")
         if name == "obsinfra":
             met = times <= 1.01 if ranks > 1 else (over <= 15 if model == "mlp" else times <= 1.02)
             goal = "at most 1.01 × bare" if ranks > 1 else GOALS[model]
@@ -526,7 +570,7 @@ def main() -> None:
     arguments.only = ["bare", *(name for name in arguments.only if name != "bare")]
     print(environment(arguments), flush=True)
     for model in arguments.models:
-        report(model, measure(model, arguments), arguments.ranks)
+        report(model, *measure(model, arguments), arguments.ranks)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,13 @@ def _alike_on_cpu(gradients: Sequence[Tensor]) -> bool:
     if not gradients:
         return False
     kind = gradients[0].dtype
-    return all(
-        type(gradient) is Tensor
-        and gradient.is_cpu
-        and gradient.dtype is kind
-        and gradient.layout is torch.strided
-        and not gradient.requires_grad
-        for gradient in gradients
-    )
+    for gradient in gradients:
+        if (
+            type(gradient) is not Tensor
+            or not gradient.is_cpu
+            or gradient.dtype is not kind
+            or gradient.layout is not torch.strided
+            or gradient.requires_grad
+        ):
+            return False
+    return True
