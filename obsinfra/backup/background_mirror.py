@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from obsinfra.backup.companion import Companion, start_companion
 from obsinfra.backup.mirror import MirrorStatus
 from obsinfra.backup.mirror_process import LINGER_SECONDS, STOP_SECONDS, MirrorConfig
-from obsinfra.backup.writer import Lines
 from obsinfra.monitoring.logging_config import get_logger
 
 EventSink = Callable[[str, Mapping[str, Any]], None]
@@ -38,12 +34,6 @@ _SETTLED_SECONDS = 60.0
 """A process that lived so long is no sign of one that dies at once."""
 
 _JOIN_SECONDS = 5.0
-_STDERR_BYTES = 4096
-
-_spawning = threading.Lock()
-"""Held while descriptors are made or given back that a forked child must know to close."""
-
-_mirrors: weakref.WeakSet[BackgroundMirror] = weakref.WeakSet()
 _left_behind: list[subprocess.Popen[bytes]] = []
 """Processes that go on after their trainer's run; here so that they are reaped when they have ended."""
 
@@ -131,8 +121,7 @@ class BackgroundMirror:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
+        self._companion: Companion | None = None
         self._last: subprocess.Popen[bytes] | None = None  # that goes on alone
         self._unseen: list[float] = []  # monotonic moments of commits that the process has not seen yet
         self._status = MirrorStatus(url)
@@ -140,8 +129,6 @@ class BackgroundMirror:
         self._reported = (0, 0)  # failures and bytes of the present process that were reported
         self._restarts = 0
         self._failing = False
-        with _spawning:
-            _mirrors.add(self)
         if self._owner == 1:
             atexit.register(self._wait_for_process)
 
@@ -166,19 +153,17 @@ class BackgroundMirror:
             return
         self._closing.set()
         with self._lock:
-            if self._connection is not None:
+            if self._companion is not None:
                 with contextlib.suppress(OSError):  # the process is gone already
-                    self._connection.shutdown(socket.SHUT_RDWR)
+                    self._companion.connection.shutdown(socket.SHUT_RDWR)
         if self._thread is not None:
             self._thread.join(_JOIN_SECONDS)
-        with _spawning:
-            _mirrors.discard(self)
 
     @property
     def pid(self) -> int | None:
         """Process id of the mirror; None while there is none."""
-        process = self._process
-        return process.pid if process is not None else None
+        companion = self._companion
+        return companion.process.pid if companion is not None else None
 
     # ---- the thread ----------------------------------------------------------------------------------
 
@@ -187,12 +172,12 @@ class BackgroundMirror:
         while not self._closing.is_set():
             started = time.monotonic()
             try:
-                process, connection, stderr = self._spawn()
+                companion = self._spawn()
             except OSError as error:
                 self._tell("checkpoint_mirror_unavailable", error=str(error))
             else:
-                self._hear(connection)
-                if self._part(process, connection, stderr):
+                self._hear(companion)
+                if self._part(companion):
                     return
             deaths = 1 if time.monotonic() - started >= _SETTLED_SECONDS else deaths + 1
             again = time.monotonic() + min(0.5 * 2.0 ** (deaths - 1), _LONGEST_PAUSE_SECONDS)
@@ -200,62 +185,35 @@ class BackgroundMirror:
                 self._report()  # the lag grows meanwhile
                 self._closing.wait(min(left, _REPORT_SECONDS))
 
-    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket, IO[bytes]]:
-        if not sys.executable:
-            raise OSError("this Python does not know its own executable")
+    def _spawn(self) -> Companion:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        package_root = str(Path(__file__).absolute().parents[2])
-        search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        with _spawning:
-            ours, theirs = socket.socketpair()
-            config = MirrorConfig(
+        companion = start_companion(
+            "obsinfra.backup.mirror_process",
+            lambda end: MirrorConfig(
                 str(self._directory),
                 self.url,
-                theirs.fileno(),
+                end,
                 self._owner,
                 log_path=str(self._log_path or ""),
                 first_wait_seconds=self._waits[0],
                 longest_wait_seconds=self._waits[1],
                 linger_seconds=self._linger_seconds,
-            )
-            try:
-                process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "obsinfra.backup.mirror_process",
-                        json.dumps(asdict(config)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    env={**os.environ, "PYTHONPATH": search_path},
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-            except BaseException:
-                ours.close()
-                stderr.close()
-                raise
-            finally:
-                theirs.close()
-            with self._lock:
-                self._process, self._connection = process, ours
-                self._status = replace(self._status, failures=0, copied_bytes=0)
-                if self._closing.is_set():
-                    ours.shutdown(socket.SHUT_RDWR)
+            ),
+        )
+        with self._lock:
+            self._companion = companion
+            self._status = replace(self._status, failures=0, copied_bytes=0)
+            if self._closing.is_set():
+                companion.connection.shutdown(socket.SHUT_RDWR)
         self._reported = (0, 0)
-        return process, ours, stderr
+        return companion
 
-    def _hear(self, connection: socket.socket) -> None:
+    def _hear(self, companion: Companion) -> None:
         """What the process says, until the line is dead."""
-        lines = Lines(connection)
-        connection.settimeout(_REPORT_SECONDS)
+        companion.connection.settimeout(_REPORT_SECONDS)
         while True:
             try:
-                message = lines.receive()
+                message = companion.lines.receive()
             except TimeoutError:  # it waits for an earlier mirror, or for a processor
                 self._report()
                 continue
@@ -275,23 +233,18 @@ class BackgroundMirror:
                     self._tell("checkpoint_remote_recovered", url=self.url)
             self._report()
 
-    def _part(self, process: subprocess.Popen[bytes], connection: socket.socket, stderr: IO[bytes]) -> bool:
+    def _part(self, companion: Companion) -> bool:
         """The line is dead: because this side closed it (True), or because the process died."""
-        with _spawning, self._lock:
-            self._connection = self._process = None
-            connection.close()
-        with stderr:
-            if self._closing.is_set():
-                _left_behind[:] = [left for left in _left_behind if left.poll() is None] + [process]
-                self._last = process
-                return True
-            try:
-                code = process.wait(1)
-            except subprocess.TimeoutExpired:  # it hung up; two of them must not work at the same time
-                process.kill()
-                code = process.wait()
-            stderr.seek(0)
-            said = stderr.read()[-_STDERR_BYTES:].decode(errors="replace").strip()
+        with self._lock:
+            self._companion = None
+        companion.hang_up()
+        process = companion.process
+        if self._closing.is_set():
+            companion.stderr.close()
+            _left_behind[:] = [left for left in _left_behind if left.poll() is None] + [process]
+            self._last = process
+            return True
+        code, said = companion.bury()
         self._restarts += 1
         self._tell("checkpoint_mirror_died", pid=process.pid, exit_code=code, stderr=said)
         self._report()
@@ -331,20 +284,3 @@ class BackgroundMirror:
         if os.getpid() == self._owner and self._last is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._last.wait(self._linger_seconds + STOP_SECONDS)
-
-    def _forget_in_child(self) -> None:
-        """In a forked child: hold nothing that would make the process believe the trainer lives."""
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._connection.detach())
-
-
-def _after_fork_in_child() -> None:
-    _spawning.release()
-    for mirror in list(_mirrors):
-        mirror._forget_in_child()
-
-
-os.register_at_fork(
-    before=_spawning.acquire, after_in_parent=_spawning.release, after_in_child=_after_fork_in_child
-)

@@ -10,9 +10,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -21,9 +18,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from obsinfra.backup.backup_system import Kind, SavedCheckpoint
+from obsinfra.backup.companion import Companion, spawning, start_companion
 from obsinfra.backup.compression import Compression, check_compression
 from obsinfra.backup.heir import HEIR_LOCK
 from obsinfra.backup.heir import wait_for_heir as wait_for_heir  # for those who only know this module
@@ -33,7 +31,7 @@ from obsinfra.backup.shared_snapshot import SharedSnapshots
 from obsinfra.backup.slot import SlotReader, SnapshotHead
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.backup.tensors import code_versions
-from obsinfra.backup.writer import MESSAGE_BYTES, Done, Lines, Order, WriterConfig, commit_slot
+from obsinfra.backup.writer import MESSAGE_BYTES, Done, Order, WriterConfig, commit_slot
 from obsinfra.errors import CheckpointError
 from obsinfra.monitoring.logging_config import get_logger
 
@@ -46,11 +44,6 @@ ATTEMPTS = 3
 
 _LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to have a writer, when one after the other dies; a commit does not wait for it."""
-
-_STDERR_BYTES = 4096
-
-_spawning = threading.Lock()
-"""Held while descriptors are made or given back that a forked child must know to close."""
 
 _checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
@@ -141,16 +134,6 @@ class _Request:
     part: Part | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """A running writer: the process, our end of the line, and what it says before it dies."""
-
-    process: subprocess.Popen[bytes]
-    connection: socket.socket
-    lines: Lines
-    stderr: IO[bytes]
-
-
 class Checkpointer:
     """Snapshots and commits of one loop; made by `create_checkpointer`.
 
@@ -194,7 +177,7 @@ class Checkpointer:
         self._ids = 0
         self._committed = 0  # sequence of the newest durable one
         self._lock_fd: int | None = None
-        self._link: _Link | None = None
+        self._link: Companion | None = None
         self._deaths = 0  # of writers in a row that did nothing
         self._closing = False
         self._said_goodbye = False
@@ -344,7 +327,7 @@ class Checkpointer:
             if self._thread.is_alive():  # it still uses the descriptors; the process's end gives them back
                 self._log.warning("writer_left_alone", pid=self.writer_pid)
                 return False
-        with _spawning:
+        with spawning:
             _checkpointers.discard(self)
             self._snapshots.close()
             if self._lock_fd is not None:
@@ -484,18 +467,14 @@ class Checkpointer:
         self._tell("writer_started", pid=link.process.pid, restarts=self.writer_restarts)
         return True
 
-    def _spawn(self) -> _Link:
-        if not sys.executable:
-            raise OSError("this Python does not know its own executable")
-        package_root = str(Path(__file__).absolute().parents[2])
-        search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the writer
-        with _spawning:
+    def _spawn(self) -> Companion:
+        with spawning:
             lock = self._hold_heir_lock()
-            ours, theirs = socket.socketpair()
-            config = WriterConfig(
+        return start_companion(
+            "obsinfra.backup.writer",
+            lambda end: WriterConfig(
                 str(self.directory),
-                theirs.fileno(),
+                end,
                 self._snapshots.fds,
                 lock,
                 self._owner,
@@ -505,24 +484,9 @@ class Checkpointer:
                 compression=self._compression,
                 log_path=str(self._log_path or ""),
                 retention=asdict(self._retention) if self._retention is not None else None,
-            )
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "obsinfra.backup.writer", json.dumps(asdict(config))],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    env={**os.environ, "PYTHONPATH": search_path},
-                    pass_fds=(theirs.fileno(), *self._snapshots.fds, lock),
-                    start_new_session=True,
-                )
-            except BaseException:
-                ours.close()
-                stderr.close()
-                raise
-            finally:
-                theirs.close()
-        return _Link(process, ours, Lines(ours), stderr)
+            ),
+            (*self._snapshots.fds, lock),
+        )
 
     def _hold_heir_lock(self) -> int:
         """One open file for the trainer and all its writers: the lock lasts as long as one of them."""
@@ -546,9 +510,9 @@ class Checkpointer:
         elif message["op"] == "prune_failed":
             self._tell("prune_failed", error=message["error"], warning=True)
 
-    def _lost(self, link: _Link) -> bool:
+    def _lost(self, link: Companion) -> bool:
         """The line is dead. Whether that was meant; else what was in flight goes back to the queue's head."""
-        link.connection.close()
+        link.hang_up()
         with self._changed:
             meant = self._said_goodbye
             self._link = None
@@ -559,27 +523,21 @@ class Checkpointer:
                 self._deaths += 1
                 self.writer_restarts += 1
             self._changed.notify_all()
-        if not meant and link.process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                link.process.wait(1)
-            link.process.kill()  # it hung up; two of them must not work at the same time
-        if self._abandoned:
+        if meant:
             link.stderr.close()
-            return True  # it ends its work alone
-        code = link.process.wait()
-        link.stderr.seek(0)
-        said = link.stderr.read()[-_STDERR_BYTES:].decode(errors="replace").strip()
-        link.stderr.close()
-        if not meant:
-            self._tell(
-                "writer_died",
-                pid=link.process.pid,
-                exit_code=code,
-                restarts=self.writer_restarts,
-                stderr=said,
-                warning=True,
-            )
-        return meant
+            if not self._abandoned:  # else it ends its work alone
+                link.process.wait()
+            return True
+        code, said = link.bury()
+        self._tell(
+            "writer_died",
+            pid=link.process.pid,
+            exit_code=code,
+            restarts=self.writer_restarts,
+            stderr=said,
+            warning=True,
+        )
+        return False
 
     def _commit_here(self) -> None:
         """There is no writer: commit the next request on this thread."""
@@ -647,9 +605,6 @@ class Checkpointer:
 
     def _forget_in_child(self) -> None:
         """In a forked child: hold nothing that would make the writer believe the trainer lives."""
-        if self._link is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._link.connection.detach())
         for fd in (*self._snapshots.fds, self._lock_fd):
             if fd is not None:
                 with contextlib.suppress(OSError):  # closed before the fork
@@ -681,11 +636,8 @@ def _fail(request: _Request, error: Exception) -> None:
 
 
 def _after_fork_in_child() -> None:
-    _spawning.release()
     for checkpointer in list(_checkpointers):
         checkpointer._forget_in_child()
 
 
-os.register_at_fork(
-    before=_spawning.acquire, after_in_parent=_spawning.release, after_in_child=_after_fork_in_child
-)
+os.register_at_fork(after_in_child=_after_fork_in_child)

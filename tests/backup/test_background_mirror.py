@@ -202,7 +202,7 @@ def test_killed_in_the_middle_of_a_copy_another_goes_on(tmp_path: Path, place: P
 def test_the_lag_grows_while_there_is_no_process(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(background_mirror.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with watching(tmp_path, f"file://{place}") as watched:
         watched.mirror.start()
         watched.save(1)
@@ -322,7 +322,7 @@ def test_a_forked_child_does_not_keep_it_alive(tmp_path: Path, place: Path) -> N
             os.read(read, 1)
             os._exit(0)
         try:
-            watched.mirror._connection.close()  # type: ignore[union-attr]  # as the trainer's death does
+            watched.mirror._companion.connection.close()  # type: ignore[union-attr]  # as the trainer's death does
             wait_for(lambda: not process.is_running() or process.status() == "zombie", "it sees the end")
         finally:
             os.write(write, b"x")
