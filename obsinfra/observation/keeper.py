@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from obsinfra.backup.background_mirror import BackgroundMirror, CheckpointMirror, MirrorReport, NoMirror
 from obsinfra.backup.backup_system import BackupSystem
-from obsinfra.backup.checkpointer import Checkpointer, PendingCommit, create_checkpointer
+from obsinfra.backup.checkpointer import Checkpointer, create_checkpointer
+from obsinfra.backup.commit_queue import PendingCommit
 from obsinfra.backup.parts import Part
 from obsinfra.catalog import metrics as catalog
 from obsinfra.config.settings import Settings

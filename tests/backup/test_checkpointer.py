@@ -21,13 +21,9 @@ from same import same, small_state
 from waiting import wait_for
 
 from obsinfra.backup.backup_system import create_backup_system
-from obsinfra.backup.checkpointer import (
-    ATTEMPTS,
-    Checkpointer,
-    PendingCommit,
-    create_checkpointer,
-    wait_for_heir,
-)
+from obsinfra.backup.checkpointer import Checkpointer, create_checkpointer, wait_for_heir
+from obsinfra.backup.commit_queue import PendingCommit
+from obsinfra.backup.committer import ATTEMPTS
 from obsinfra.backup.retention import Retention
 from obsinfra.backup.store import CheckpointStore
 from obsinfra.errors import CheckpointError

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from obsinfra.backup.backup_system import create_backup_system
-from obsinfra.backup.checkpointer import PendingCommit, create_checkpointer, wait_for_heir
+from obsinfra.backup.checkpointer import create_checkpointer, wait_for_heir
+from obsinfra.backup.commit_queue import PendingCommit
 from obsinfra.backup.retention import Retention
 from obsinfra.backup.rng import capture_rng_state, restore_rng_state
 from obsinfra.backup.state_tree import encode
