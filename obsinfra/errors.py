@@ -72,3 +72,12 @@ class PeerLostError(ObsinfraError):
 
 class RanksDifferError(UserError):
     """The ranks of a run do not have the same code, data, settings or model, or did a command differently."""
+
+
+def first_line(error: BaseException, most: int = 1000) -> str:
+    """What an error of somebody else says, as part of a message of ours; its type where it says nothing.
+
+    Args:
+        most: characters.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from obsinfra.backup import tags
 from obsinfra.backup.backup_system import BackupSystem, SavedCheckpoint
 from obsinfra.backup.dcp_whole import read_any_state
-from obsinfra.errors import CheckpointError
+from obsinfra.errors import CheckpointError, first_line
 from obsinfra.run.files import fsync_folder
 
 Format = Literal["safetensors", "torch", "dcp"]
@@ -215,9 +215,8 @@ def _read_foreign(source: Path) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot read {source}: {first}",
+            f"cannot read {source}: {first_line(error)}",
             "a .safetensors file, or one that torch.load(weights_only=True) takes",
             "where it was made, save the state dict only, or as safetensors",
         ) from error

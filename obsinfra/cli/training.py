@@ -14,7 +14,7 @@ from rich.markup import escape
 from obsinfra.cli.options import program
 from obsinfra.config.resolve import resolve
 from obsinfra.config.settings import Settings
-from obsinfra.errors import ObsinfraError, UserError
+from obsinfra.errors import ObsinfraError, UserError, first_line
 
 if TYPE_CHECKING:
     from obsinfra.observation.observed_run import ObservedRun
@@ -97,7 +97,7 @@ def _train(flags: dict[str, Any], config: Path | None, settings: Settings, ranks
         outcome = trainer.fit(on_start=lambda run: introduce(run, trainer))
     except torch.OutOfMemoryError as error:
         raise ObsinfraError(
-            f"out of memory: {str(error).splitlines()[0]}; the last good state was saved unless backups are "
+            f"out of memory: {first_line(error)}; the last good state was saved unless backups are "
             "disabled; fix: a smaller --micro-batch, or --gradient-checkpointing"
         ) from error
     finally:

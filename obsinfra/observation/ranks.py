@@ -25,7 +25,14 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from obsinfra.backup.rng import seed_step
 from obsinfra.control.channel import ControlChannel
 from obsinfra.control.command import Command
-from obsinfra.errors import ConfigError, ObsinfraError, PeerLostError, RanksDifferError, UserError
+from obsinfra.errors import (
+    ConfigError,
+    ObsinfraError,
+    PeerLostError,
+    RanksDifferError,
+    UserError,
+    first_line,
+)
 from obsinfra.observation.agreement import Agreement, Request, Store, say_farewell
 from obsinfra.observation.flight_record import start_recording
 from obsinfra.observation.shared_channel import Channel, SharedChannel
@@ -468,7 +475,7 @@ def join(timeout_seconds: float) -> Ranks:
     except (RuntimeError, ValueError) as error:  # what c10d raises when an address or a peer is not there
         raise PeerLostError(
             f"rank {launch.rank} of {launch.size} cannot join the others at {launch.address}:{launch.port}: "
-            f"{str(error).splitlines()[0][:300]}"
+            f"{first_line(error, 300)}"
         ) from error
     return Group(own, launches, launch.rank, launch.size, attempt)
 

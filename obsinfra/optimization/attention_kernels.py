@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from obsinfra.errors import ConfigError
+from obsinfra.errors import ConfigError, first_line
 from obsinfra.optimization.arguments import one_of, shown, whole_number
 from obsinfra.optimization.precision import choose_device
 from obsinfra.optimization.timing import time_in_turns
@@ -143,7 +143,7 @@ def measure_attention(
         try:
             call()
         except RuntimeError as error:
-            refused[name] = str(error).partition("\n")[0]
+            refused[name] = first_line(error)
         else:
             calls[name] = call
     times = time_in_turns(calls, device, rounds=rounds, warm_up=1)

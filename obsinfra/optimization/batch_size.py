@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from obsinfra.errors import ConfigError
+from obsinfra.errors import ConfigError, first_line
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.optimization.arguments import function, number, whole_number
 from obsinfra.optimization.host_guard import host_memory
@@ -160,7 +160,7 @@ def _attempt(step: Callable[[int], object], rows: int, device: torch.device, lim
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        problem = str(error).partition("\n")[0]
+        problem = first_line(error)
         error.__traceback__ = None  # its frames hold the failed step's tensors
         release_device_caches(device)
         return Tried(rows, False, problem=problem)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from obsinfra.errors import ConfigError
+from obsinfra.errors import ConfigError, first_line
 from obsinfra.optimization.arguments import function, shown
 
 FUSED_DEVICES = ("cuda", "cpu", "mps")
@@ -109,7 +109,7 @@ def _create(
     try:
         made = kind(parameters, **options, fused=True)
     except RuntimeError as error:
-        return kind(parameters, **options), f"not fused: {str(error).partition(chr(10))[0]}"
+        return kind(parameters, **options), f"not fused: {first_line(error)}"
     _refuse_sparse_gradients(made)
     return made, "fused"
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import ConfigError
+from obsinfra.errors import ConfigError, first_line
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
@@ -234,7 +234,7 @@ class GpuOptimizer:
                 raise ValueError("ranks have parts of the model")
             found: Flops | None = count_flops(model, loss).per(samples())
         except Exception as error:  # a figure is missing then; no training may end for it
-            problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            problem = f"{type(error).__name__}: {first_line(error, 200)}"
             found = None if otherwise is None else Flops(otherwise, otherwise, "the workload's formula")
         if found is None:
             self._log.info("flops_unknown", problem=problem, then="no MFU")

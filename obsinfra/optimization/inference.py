@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import ConfigError
+from obsinfra.errors import ConfigError, first_line
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.sample import Sample
 from obsinfra.monitoring.training_monitor import TrainingMonitor
@@ -225,7 +225,7 @@ def _eager(model: nn.Module, args: tuple[Any, ...]) -> Any:
             return model(*args)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{type(model).__name__} does not run on the example: {str(error).partition(chr(10))[0][:200]}",
+            f"{type(model).__name__} does not run on the example: {first_line(error, 200)}",
             "inputs as the model takes them, a tuple of several",
             "correct the example",
         ) from error
@@ -248,8 +248,7 @@ def _try(
     except EngineRefused as refused:
         return EngineResult(name, str(refused)), None
     except Exception as error:  # engines raise what they like; whatever it is, the model itself still works
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return EngineResult(name, f"{type(error).__name__}: {(lines or [''])[0][:200]}"), None
+        return EngineResult(name, f"{type(error).__name__}: {first_line(error, 200)}"), None
     difference, allowed = _difference(expected, got, tolerance)
     if not difference <= allowed:
         problem = f"differs from eager by {difference:.2g}, more than {allowed:g}"

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from obsinfra.errors import ConfigError
+from obsinfra.errors import ConfigError, first_line
 from obsinfra.optimization.arguments import shown
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,7 +61,7 @@ def copied(model: Module) -> Module:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"a {name} that cannot be copied: {str(error).partition(chr(10))[0][:200]}",
+            f"a {name} that cannot be copied: {first_line(error, 200)}",
             "a model without results of computations or open handles among its attributes",
             "detach such tensors, and make handles when they are needed",
         ) from error

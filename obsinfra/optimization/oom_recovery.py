@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from obsinfra.catalog import metrics as catalog
-from obsinfra.errors import ConfigError, MemoryExhaustedError
+from obsinfra.errors import ConfigError, MemoryExhaustedError, first_line
 from obsinfra.monitoring.logging_config import get_logger
 from obsinfra.monitoring.training_monitor import TrainingMonitor
 from obsinfra.optimization.gc_schedule import all_objects
@@ -404,7 +404,7 @@ def _try(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None, (str(error) or type(error).__name__).splitlines()[0]
+        return None, first_line(error)
 
 
 def _count_optimizer_step(*_: object) -> None:

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from eight_steps import state_of, trained
 from s3_server import S3Server
-from torch import nn
 
 from obsinfra.backup.compare import differences
 from obsinfra.backup.remote import Remote
 from obsinfra.backup.transfer import push
 from obsinfra.errors import CheckpointError
-from obsinfra.observation import ObservedRun, observe
 
 BUCKET = "runs"
 
@@ -44,32 +42,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return str(request.getfixturevalue("bucket"))
     return f"file://{tmp_path / 'copy'}"
-
-
-def trained(output: Path, until: int, **how: str) -> ObservedRun:
-    """A run of eight steps over fixed data with dropout, up to step `until`."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    data = list(torch.arange(64.0).reshape(8, 2, 4) / 64)
-    run = observe(model, optimizer, model_name="M", output_dir=output, disable_monitoring=True, **how)
-    for _ in run.epochs(1):
-        for batch in run.steps(data):
-            loss = model(batch).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.record(loss=loss)
-            if run.step + 1 == until:
-                run.request_stop("far enough")
-    run.checkpoint("final")
-    run.finish()
-    return run
-
-
-def state_of(run: ObservedRun) -> dict[str, object]:
-    assert run.keeper.backup is not None
-    return dict(run.keeper.backup.load().state)
 
 
 def test_an_empty_machine_goes_on_exactly_where_the_other_was(tmp_path: Path, url: str) -> None:
