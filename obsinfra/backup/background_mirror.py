@@ -270,13 +270,13 @@ class BackgroundMirror:
         self._restarts = 0
         try:
             self._on_report(report)
-        except Exception:
+        except Exception:  # a sink of somebody else, and what would count it: the copies go on
             self._log.exception("mirror_report_failed")
 
     def _tell(self, event: str, **facts: Any) -> None:
         try:
             self._on_event(event, facts)
-        except Exception:
+        except Exception:  # likewise
             self._log.exception("event_sink_failed", event_name=event)
 
     def _wait_for_process(self) -> None:

@@ -156,10 +156,20 @@ class Committer:
         while not over:
             try:
                 over = self._turn()
-            except Exception:  # a bug of ours: with another writer, what was asked may still be done
+            except Exception:
+                # A bug of ours, and nobody else would take up what is asked for: told, counted by whoever is
+                # told, and with another writer it may still be done.
                 self._tell("checkpointer_crashed", error=traceback.format_exc(), warning=True)
-                if self._link is not None:
-                    over = self._lost(self._link)
+                over = self._recovered()
+
+    def _recovered(self) -> bool:
+        """After a crash of the thread: without a writer or with a new one; whether that was the end."""
+        if self._link is not None:
+            return self._lost(self._link)
+        with self._queue.changed:
+            self._deaths += 1
+            self._queue.changed.notify_all()
+            return self._queue.changed.wait_for(lambda: self._said_goodbye, self._pause())
 
     def _turn(self) -> bool:
         """One thing the thread does; whether it was the last."""
@@ -291,7 +301,7 @@ class Committer:
             outcome = commit_slot(store, slot, request.order(), self._retention)
         except (OSError, CheckpointError) as error:
             outcome = error
-        except Exception as error:
+        except Exception as error:  # a bug of ours, which whoever waits for the commit must hear of
             self._tell("commit_crashed", kind=request.kind, error=traceback.format_exc(), warning=True)
             outcome = CheckpointError(f"the commit failed: {error!r}")
         self._settle(request.id, outcome)
@@ -337,7 +347,7 @@ class Committer:
         if self._on_event is not None:
             try:
                 self._on_event(event, facts)
-            except Exception:
+            except Exception:  # a sink of somebody else, and what would count it: the commits go on
                 self._log.exception("event_sink_failed", event_name=event)
 
     def _forget_in_child(self) -> None:

@@ -14,6 +14,7 @@ HEIR_LOCK = ".heir"
 """In the checkpoint folder; locked, shared, by every trainer and writer that may still commit there."""
 
 _POLL_SECONDS = 0.02
+"""Between two attempts: flock knows no time-out."""
 
 
 def wait_for_heir(directory: Path | str, timeout: float) -> bool:

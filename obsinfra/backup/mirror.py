@@ -5,7 +5,6 @@ Runs in the mirror's process. What is copied how is `transfer`'s. Knows no tenso
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
@@ -87,6 +86,7 @@ class Mirror:
         self._lock = threading.Lock()
         self._pending: dict[str, float] = {}
         self._thread: threading.Thread | None = None
+        self._unheard = False
 
     def start(self) -> None:
         """Begin, with what was left over and what the store has that was never queued."""
@@ -131,7 +131,10 @@ class Mirror:
     # ---- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._guarded(self._recall)
+        try:
+            self._recall()
+        except Exception as error:  # logged and counted; a thread that ended would copy nothing that comes
+            self._failed(error)
         remote: Remote | None = None
         wait = self._waits[0]
         while not self._stopping.is_set():
@@ -144,7 +147,7 @@ class Mirror:
                     self._recovered()
                     remote = reached
                 self._copy(remote)
-            except Exception as error:  # whatever it is, training goes on and so does the mirror
+            except Exception as error:  # logged and counted; what comes next may be copied again
                 self._failed(error)
                 self._stopping.wait(wait * random.uniform(0.75, 1.25))  # not all ranks and runs at once
                 wait = min(wait * 2, self._waits[1])
@@ -250,15 +253,14 @@ class Mirror:
         self._report()
 
     def _report(self) -> None:
-        if self._on_status is not None:
-            with contextlib.suppress(Exception):  # a metric that fails must not stop the copies
-                self._on_status(self.status())
-
-    def _guarded(self, task: Callable[[], None]) -> None:
+        if self._on_status is None:
+            return
         try:
-            task()
-        except Exception as error:  # an unreadable outbox: go on with what comes
-            self._failed(error)
+            self._on_status(self.status())
+        except Exception as error:  # of somebody else, and a metric that fails must not stop the copies
+            if not self._unheard:
+                _log.error("mirror_status_not_taken", url=self._state.url, error=repr(error))
+            self._unheard = True
 
 
 def outbox_of(store: CheckpointStore, url: str) -> Path:

@@ -122,7 +122,7 @@ class MirrorProcess:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:
+                except BlockingIOError:  # not by a lock that waits: the other looks for this file in between
                     successor.touch(mode=0o600)
                     time.sleep(TICK_SECONDS)
             successor.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ class MirrorProcess:
                 if over:
                     self._log("all_copied")
                     return
-                time.sleep(TICK_SECONDS)
+                time.sleep(TICK_SECONDS)  # nothing tells when the writer has ended or has committed
             if not self._store.root.is_dir():
                 return
             if (self._outbox / _SUCCESSOR).exists():
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("obsinfra").addHandler(_IntoLog(config))
     try:
         process.run()
-    except Exception:
+    except Exception:  # whatever it is, the trainer logs what stands on stderr, counts it and starts another
         traceback.print_exc()
         return 1
     return 0

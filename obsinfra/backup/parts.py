@@ -35,6 +35,7 @@ LEAVE_SECONDS = 5.0
 OUTCOME = "outcome.json"
 
 _PAUSE_SECONDS = 0.02
+"""Between two looks at files of the other ranks' writers, on other hosts perhaps: no event tells of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,10 @@ MESSAGE_BYTES = 128 * 1024
 """Longest line on the socket; less than its buffer, so that sending never waits."""
 
 HEIR_ATTEMPTS = 5
-"""How often the last commit is tried when the disk fails, a second apart."""
+"""How often the last commit is tried when the disk fails."""
+
+HEIR_PAUSE_SECONDS = 1.0
+"""Between two of them: time for a disk to have room or to answer again. Nobody waits for this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +299,7 @@ class Writer:
             except (OSError, CheckpointError) as error:
                 self._log("last_commit_failed", attempt=attempt, error=str(error))
                 if attempt < HEIR_ATTEMPTS:
-                    time.sleep(1)
+                    time.sleep(HEIR_PAUSE_SECONDS)
                 continue
             self._log(
                 "trainer_lost",
@@ -357,7 +360,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("obsinfra").addHandler(_IntoLog(config.log_path))
     try:
         Writer(config).run()
-    except Exception:
+    except Exception:  # whatever it is, it is logged; the trainer counts this end and starts another
         log_line(config.log_path, "writer_crashed", writer=os.getpid(), error=traceback.format_exc())
         return 1
     return 0

@@ -26,6 +26,9 @@ from obsinfra.run.files import of_rank
 from obsinfra.run.folder import ENDED_STATES, RunFolder, find_run, scan_runs
 
 console = Console()
+
+FOLLOW_SECONDS = 0.3
+"""Between two looks at logs that are followed: other processes write them, on other hosts perhaps."""
 OutputDir = Annotated[Path, typer.Option("--output-dir", envvar="OUTPUT_DIR", help="Folder of all runs.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run name, or 'latest'.")]
 
@@ -181,7 +184,7 @@ def logs(
                 files[path] = path.open()
             for line in files[path]:
                 print(line, end="", flush=True)
-        time.sleep(0.3)
+        time.sleep(FOLLOW_SECONDS)
 
 
 def _by_rank(item: tuple[str, str]) -> int:

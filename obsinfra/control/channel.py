@@ -119,7 +119,7 @@ class ControlChannel:
                 self._stopping.wait(POLL_SECONDS)
         try:
             self._inbox.poll()  # what came last is rejected, and does not lie there for a resumed run
-        except Exception as error:
+        except Exception as error:  # likewise, and the socket must be closed
             self._log.error("control_channel_error", exc_info=error)
         finally:
             if door is not None:

@@ -21,6 +21,7 @@ from obsinfra.run.folder import ENDED_STATES, RunFolder
 
 Door = Literal["auto", "socket", "inbox"]
 ACK_POLL_SECONDS = 0.05
+"""Between two looks for an ack's file: through a bind mount no event tells of it."""
 RUN_POLL_SECONDS = 1.0
 """How often a client that waits at the inbox asks whether the run has ended meanwhile."""
 

@@ -140,7 +140,7 @@ class RunWatch:
                 found = self._look_at(run_id)
             except FileNotFoundError:
                 found = None
-            except Exception as error:
+            except Exception as error:  # whatever stands in its run.json: logged, counted as unreadable
                 self._unreadable_run(run_id, error)
                 found = None
             if found is not None:

@@ -29,6 +29,7 @@ from obsinfra.run.folder import RunFolder, check_run_id, new_run_id
 
 START_SECONDS = 120.0
 POLL_SECONDS = 0.05
+"""Between two looks at the run folder, which the trainer makes in a process of its own."""
 SHOWN_LOG_LINES = 12
 
 

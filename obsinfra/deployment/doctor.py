@@ -80,7 +80,7 @@ def examine(output_dir: Path) -> list[Finding]:
     for name, look in looks:
         try:
             findings += look()
-        except Exception as error:
+        except Exception as error:  # a finding like any other, and the other looks are still taken
             findings.append(Finding(name, "problem", f"could not be examined: {error!r}", "report this"))
     return findings
 

@@ -40,6 +40,8 @@ STEPS_AFTER = 200
 
 ALERT = "GradientExplosion"
 PATIENCE_SECONDS = 120.0
+POLL_SECONDS = 0.02
+"""Between two looks at what the trainer, another process, has written."""
 SHOWN_LINES = 15
 
 # A small real training without pauses: no regular checkpoints, so that only the emergency one can save it.
@@ -230,7 +232,7 @@ class Drill:
                 return found
             if trainer.poll() is not None:
                 raise self._failed(f"the trainer ended with status {trainer.returncode} before {what}")
-            time.sleep(0.02)
+            time.sleep(POLL_SECONDS)
         raise self._failed(f"no {what} within {PATIENCE_SECONDS:.0f} s")
 
     def _failed(self, what: str) -> DrillFailed:

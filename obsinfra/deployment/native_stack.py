@@ -56,6 +56,8 @@ RESEND = "10s"
 no Alertmanager, is heard with the repetition; so is all that a killed Alertmanager has forgotten. An alert
 counts as resolved once it was not repeated for four times as long."""
 READY_SECONDS = 60.0
+READY_POLL_SECONDS = 0.05
+"""Between two looks at whether the programs answer: the supervisor tells by its state file alone."""
 GIVE_UP_RESTARTS = 3
 DOWN_SECONDS = 20.0
 SHOWN_LOG_LINES = 12
@@ -315,7 +317,7 @@ class NativeStack:
                     "a program that starts and answers",
                     "correct what the log names, then try again",
                 )
-            time.sleep(0.05)
+            time.sleep(READY_POLL_SECONDS)
 
     def _log(self, name: str) -> Path:
         return self.state_dir / "logs" / f"{name}.log"

@@ -18,6 +18,7 @@ from obsinfra.control.alertmanager import Alertmanager, Attempts
 
 WAIT_SECONDS = 30.0
 POLL_SECONDS = 0.1
+"""Between two looks at Alertmanager's counters and log: it calls nobody back."""
 LOG_SECONDS = 2.0
 """A failure is counted a moment before it is logged."""
 

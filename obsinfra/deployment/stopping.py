@@ -10,6 +10,9 @@ import psutil
 
 from obsinfra.run.process import ProcessId
 
+POLL_SECONDS = 0.02
+"""Between two looks: they are no children of this process, whose end it would be told."""
+
 
 def signal_process(process: ProcessId, *, kill: bool) -> None:
     """Signal the very process that was recorded, never one that inherited its pid."""
@@ -37,5 +40,5 @@ def wait_gone(running: Mapping[str, ProcessId], seconds: float) -> dict[str, Pro
     while left := {name: process for name, process in running.items() if process.alive()}:
         if time.monotonic() > deadline:
             return left
-        time.sleep(0.02)
+        time.sleep(POLL_SECONDS)
     return {}

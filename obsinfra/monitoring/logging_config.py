@@ -308,8 +308,8 @@ class _Sink:
                     self._append("errors", line)
             if on_terminal and self._terminal_least is not None and level >= self._terminal_least:
                 self._show(document, exc_info)
-        except Exception:  # an object that cannot even be shown as text; training goes on
-            _count_error()
+        except Exception:  # an object that cannot even be shown as text, say; training goes on
+            _count_error()  # in a metric and an alert: a log that fails cannot log it
 
     def _append(self, channel: str, line: bytes) -> None:
         try:
@@ -347,14 +347,15 @@ class _FromStandardLibrary(logging.Handler):
         if record.levelno < logging.WARNING and record.name.split(".", 1)[0] in CHATTY:
             return
         try:
-            event = {
-                "event": record.getMessage(),
-                "logger": record.name,
-                **{key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS},
-            }
-        except Exception:  # a format string that does not fit its arguments
+            message = record.getMessage()
+        except Exception:  # arguments that do not fit the format, or fail to be shown: somebody else's code
             _count_error()
-            return
+            message = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
+        event = {
+            "event": message,
+            "logger": record.name,
+            **{key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS},
+        }
         channel = record.name.removeprefix("obsinfra.")
         exc_info = record.exc_info if record.exc_info and record.exc_info[0] else None
         self._sink.write(record.levelno, channel if channel in CHANNELS else "system", event, exc_info)

@@ -173,7 +173,7 @@ class Actions:
         for visit in visits:
             try:
                 visit.call()
-            except Exception as error:
+            except Exception as error:  # raised where the visit was asked for
                 visit.error = error
             visit.over.set()
         for execution in list(self._taking_steps):
@@ -273,7 +273,7 @@ class Actions:
             self._taking_steps.remove(execution)
             try:
                 execution.steps.close()
-            except Exception as error:
+            except Exception as error:  # of an action that may be somebody else's; it is reported as failed
                 self._log.error("action_not_ended", action=execution.action.name, exc_info=error)
             self._fail(execution, "the run ended before it was done")
         deadline = time.monotonic() + JOIN_SECONDS
@@ -332,7 +332,7 @@ class Actions:
                 result.then(lambda committed: self._saved(execution, committed))
             else:
                 self._done(execution, dict(result or {}))  # type: ignore[arg-type]
-        except Exception as error:
+        except Exception as error:  # whatever an action runs into is the answer to its command
             self._failed(execution, error)
 
     def _advance(self, execution: _Execution) -> None:
@@ -344,7 +344,7 @@ class Actions:
         except StopIteration as end:
             self._taking_steps.remove(execution)
             self._done(execution, dict(end.value or {}))
-        except Exception as error:
+        except Exception as error:  # likewise
             self._taking_steps.remove(execution)
             self._failed(execution, error)
 

@@ -21,7 +21,8 @@ POLL_SECONDS = 0.05
 """How often a rank looks for a new request: some 60 µs of its processor each."""
 
 PROMISE_POLL_SECONDS = 0.002
-"""How often a loop that waits at a boundary looks for the others' promises."""
+"""How often a loop that waits at a boundary looks for the others' promises. The stores' own `wait` would not
+see in between that a rank has left, nor let a signal's handler run."""
 
 LOST_SECONDS = 10.0
 """A store that fails for so long went with the launcher that kept it: nobody would start the ranks again, and

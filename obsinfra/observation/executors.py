@@ -200,7 +200,7 @@ def _rollback(run: ObservedRun, order: Order) -> Result:
     positions = run.data_ahead() if arguments["skip"] else None
     try:
         run.go_back(loaded, positions, arguments["skip_more"])
-    except Exception:
+    except Exception:  # whatever it was, it is raised again, and the command fails with it
         if undone is not None:  # a state half put back is worse than none
             store = backup or create_backup_system(Path(undone).parent.parent)
             run.go_back(store.load(Path(undone)), None, 0)

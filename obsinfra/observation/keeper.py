@@ -478,6 +478,8 @@ class Keeper:
     def _on_event(self, event: str, facts: Mapping[str, Any]) -> None:
         if event == "writer_died":
             self._monitor.instruments.add(catalog.CHECKPOINT_WRITER_RESTARTS)
+        if event == "checkpointer_crashed":
+            self._monitor.instruments.add(catalog.TELEMETRY_ERRORS, component="checkpointer")
         if event in ("writer_died", "writer_unavailable", "committing_in_trainer", "checkpointer_crashed"):
             self._errors.error(event, **facts)
 

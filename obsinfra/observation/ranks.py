@@ -412,7 +412,7 @@ class Group:
                 raise PeerLostError(f"rank {gone[0]} has left the run before {what}: {why}")
             if time.monotonic() >= deadline:
                 raise PeerLostError(f"not every rank came to {what!r} within {START_SECONDS:.0f} s")
-            time.sleep(pause)
+            time.sleep(pause)  # the stores' own wait would not see in between that a rank has left
             pause = min(0.05, 2 * pause)
 
 
@@ -506,7 +506,7 @@ def _met(launches: Store, launch: Launch) -> Iterator[int]:
         while not launches.check([f"welcome/{name}"]):
             if time.monotonic() >= deadline:
                 raise PeerLostError(f"rank 0 did not answer rank {launch.rank} for {START_SECONDS:.0f} s")
-            time.sleep(0.01)
+            time.sleep(0.01)  # the store's own wait ends in an error of torch's kind, and a page on stderr
         yield int(launches.get(f"welcome/{name}"))
         return
     attempt = launches.add("attempts", 1)

@@ -424,6 +424,9 @@ def test_a_status_hook_that_fails_stops_nothing(backup: BackupSystem, url: str) 
         raise RuntimeError("no such metric")
 
     save(backup, 1)
-    with mirroring(backup.store, url, on_status=broken) as mirror:
+    save(backup, 2)
+    with captured_events() as logs, mirroring(backup.store, url, on_status=broken) as mirror:
         assert mirror.flush(30)
-    assert len(Remote(url).manifests()) == 1
+    assert len(Remote(url).manifests()) == 2
+    (said,) = (log for log in logs if log["event"] == "mirror_status_not_taken")
+    assert "no such metric" in said["error"], "once, with what it was"

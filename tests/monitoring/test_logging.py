@@ -173,7 +173,7 @@ def test_the_standard_librarys_records_are_there_too(tmp_path: Path) -> None:
     assert [line["event"] for line in read(tmp_path, "errors")] == ["failed"]
 
 
-def test_a_record_that_cannot_be_formatted_is_counted(
+def test_a_record_that_cannot_be_formatted_is_counted_and_written_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     into(tmp_path)
@@ -182,6 +182,8 @@ def test_a_record_that_cannot_be_formatted_is_counted(
         patch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[-1:])  # not pytest's
         logging.getLogger("their.code").warning("%d items", "three")
     assert log_errors() == before + 1
+    (line,) = read(tmp_path, "system")
+    assert (line["event"], line["logger"], line["level"]) == ("%d items", "their.code", "warning")
 
 
 def test_off_a_terminal_an_event_is_one_plain_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
