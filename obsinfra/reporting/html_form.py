@@ -103,26 +103,30 @@ def _table(table: Table) -> str:
     if not table.rows:
         return f'<p class="quiet">{escape(table.none)}</p>'
     numeric = [column.endswith("#") for column in table.columns]
+    names = [column.removesuffix("#") for column in table.columns]
+    cards = len(names) > 2  # on a phone a row is a card then, and each cell says by itself what it is
+    kind = ' class="cards"' if cards else ""
+    labels = [f' data-label="{escape(name)}"' if cards else "" for name in names]
 
     def classes(number: bool, tone: str = "") -> str:
-        names = " ".join(name for name in ("num" if number else "", tone) if name)
-        return f' class="{names}"' if names else ""
+        given = " ".join(name for name in ("num" if number else "", tone) if name)
+        return f' class="{given}"' if given else ""
 
     heads = "".join(
-        f'<th scope="col"{classes(number)}>{escape(column.removesuffix("#"))}</th>'
-        for column, number in zip(table.columns, numeric, strict=True)
+        f'<th scope="col"{classes(number)}>{escape(name)}</th>'
+        for name, number in zip(names, numeric, strict=True)
     )
 
     def row(cells: tuple[Cell, ...]) -> str:
         return "".join(
-            f"<td{classes(number, cell.tone)}>{escape(cell.text)}</td>"
-            for cell, number in zip(cells, numeric, strict=True)
+            f"<td{classes(number, cell.tone)}{label}>{escape(cell.text)}</td>"
+            for cell, number, label in zip(cells, numeric, labels, strict=True)
         )
 
     rows = "".join(f"<tr>{row(cells)}</tr>" for cells in table.rows)
     return (
         f'<div class="scroll" role="region" aria-label="{escape(table.caption)}" tabindex="0">'
-        f"<table><caption>{escape(table.caption)}</caption><thead><tr>{heads}</tr></thead>"
+        f"<table{kind}><caption>{escape(table.caption)}</caption><thead><tr>{heads}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 

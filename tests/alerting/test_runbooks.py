@@ -6,7 +6,6 @@ What they advise is a person's judgement; every name in them is checked here.
 from __future__ import annotations
 
 import re
-import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,8 @@ import pytest
 import typer
 import yaml
 from promtool import needs_promtool, promtool
+from typed_commands import check_command
 
-from obsinfra.catalog.actions import ACTIONS
 from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.alerts import ALERTS, BY_NAME, Alert
 from obsinfra.catalog.conditions import label_names
@@ -26,7 +25,6 @@ from obsinfra.catalog.policy import DEFAULT_POLICY, policy_with
 from obsinfra.cli.main import app
 from obsinfra.cli.runs import CHANNELS
 from obsinfra.config.notify import Notify
-from obsinfra.control.history import EVENT_KINDS
 from obsinfra.run.runbooks import INDEX, find_runbooks
 
 RUNBOOKS = find_runbooks()
@@ -252,34 +250,6 @@ def options_of(command: Any) -> set[str]:
     """Every option of a command and of those below it."""
     own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     return own.union(*(options_of(below) for below in getattr(command, "commands", {}).values()))
-
-
-def check_command(line: str) -> None:
-    """Parse a command line as the program would, without running it.
-
-    Raises:
-        Exception: what the parser has to say against it.
-    """
-    command: Any = typer.main.get_command(app)
-    words = shlex.split(line)[1:]
-    path = []
-    while (below := getattr(command, "commands", None)) is not None:
-        path.append(words.pop(0))
-        assert path[-1] in below, f"no command {path[-1]!r}"
-        command = below[path[-1]]
-    given = command.make_context(path[-1], words).params
-    if path == ["command"]:
-        action = ACTIONS[given["action"]]
-        known = {argument.name: argument for argument in action.arguments}
-        pairs = [text.partition("=")[::2] for text in given["arguments"] or ()]
-        values = {name: known[name].parse(value) if name in known else value for name, value in pairs}
-        assert action.problem(values) is None, action.problem(values)
-    elif path == ["logs"]:
-        assert given["channel"] in CHANNELS
-    elif path == ["history"]:
-        assert set(given["kind"] or ()) <= set(EVENT_KINDS)
-    elif path == ["alerts", "silence"]:
-        assert given["alert"] in BY_NAME
 
 
 @pytest.mark.parametrize("name", sorted([INDEX, *BY_NAME]))
