@@ -255,6 +255,10 @@ class ObservedRun:
         self.card = RunCard(self.folder, self.monitor, settings, revision)
         in_shards = not ranks.alone and is_in_shards(model)
         self._recorder.own_time_known &= not in_shards
+        if in_shards:
+            from obsinfra.observation.shards import ranks_together
+
+            ranks.draws_as = ranks.rank // ranks_together(model)
         self._state = LoopState(
             model, parts, extra, self.position, self._recorder, in_shards=in_shards, keeps=ranks.first
         )

@@ -14,6 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+TOGETHER = ("tensor", "tp")
+"""Names of the mesh's dimension along which ranks compute the same batch."""
+
+
+def ranks_together(model: nn.Module) -> int:
+    """How many neighbouring ranks divide its layers (tensor parallelism), and so must draw alike; 1: none."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            if (mesh.mesh_dim_names or ("",))[-1] in TOGETHER:  # the last are neighbours
+                return mesh.size(mesh.ndim - 1)
+    return 1
+
 
 def gathered_model(model: nn.Module, *, keep: bool) -> dict[str, Any]:
     """Its state_dict with whole tensors, in host memory; a collective.

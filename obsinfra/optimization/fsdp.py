@@ -36,7 +36,7 @@ def divide(model: nn.Module, shard_size: int, *, offload: bool = False) -> list[
     Raises:
         ConfigError, RanksDifferError: as `Wrapping.wrap`.
     """
-    check_wrappable(model, "FSDP2", _problem)
+    check_wrappable(model, "FSDP2", problem_of)
     buffers = saved_buffers(model)
     broadcast((*model.parameters(), *model.buffers()))
     divide_over(model, _mesh(next(model.parameters()).device, shard_size), offload=offload)
@@ -123,7 +123,8 @@ def _called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _problem(model: nn.Module) -> str | None:
+def problem_of(model: nn.Module) -> str | None:
+    """What speaks against dividing it, if anything."""
     if isinstance(model, torch.jit.ScriptModule):
         return "it is a ScriptModule, whose class cannot be extended"
     if not _called(model):

@@ -142,6 +142,16 @@ class GpuOptimizer:
             self._tell(name)
         return cast(Module, wrapped)  # who calls it need not know of DDP's wrapper
 
+    @property
+    def data_part(self) -> tuple[int, int]:
+        """Which part of the data is this rank's, from 0, and of how many: ranks that divide the layers of a
+        model have the same.
+
+        Raises:
+            ConfigError: there is no process group, or `tensor_parallel_size` does not divide the ranks.
+        """
+        return self._wrapping.data_part()
+
     def decisions(self, name: str = "model") -> dict[str, Any]:
         """What was chosen for a model and the process, in words.
 
@@ -418,6 +428,7 @@ def create_gpu_optimizer(
     autocast_pays: bool = True,
     parallel: Parallel = "off",
     shard_size: int | None = None,
+    tensor_parallel_size: int | None = None,
     fsdp_offload: bool = False,
     gradient_compression: Compression = "off",
 ) -> GpuOptimizer:
@@ -441,8 +452,11 @@ def create_gpu_optimizer(
             known here.
         autocast_pays: False keeps fp32 where the precision is not named.
         parallel: how the ranks of torch's process group share a model: `ddp`: whole on each; `fsdp`: a part
-            on each (FSDP2); `hsdp`: whole once per `shard_size` neighbouring ranks; `off`: each has its own.
+            on each (FSDP2); `hsdp`: whole once per `shard_size` neighbouring ranks; `tp`: a part on each
+            of the layers that its `tensor_parallel_plan` names; `off`: each has its own.
         shard_size: of hsdp; None: the ranks of a host.
+        tensor_parallel_size: neighbouring ranks that divide layers and compute the same batch: of tp, None:
+            the ranks of a host; of fsdp and hsdp, None: none do. `shard_size` counts such groups then.
         fsdp_offload: of fsdp and hsdp: keep the parts in host memory between their uses.
         gradient_compression: of ddp: gradients travel as `bf16`, `fp16`, or by `powersgd`.
 
@@ -466,7 +480,9 @@ def create_gpu_optimizer(
     flag("fsdp_offload", fsdp_offload)
     if shard_size is not None:
         whole_number("shard_size", shard_size, least=1)
-    wrapping = Wrapping(parallel, shard_size, fsdp_offload, gradient_compression)
+    if tensor_parallel_size is not None:
+        whole_number("tensor_parallel_size", tensor_parallel_size, least=1)
+    wrapping = Wrapping(parallel, shard_size, tensor_parallel_size, fsdp_offload, gradient_compression)
     if wrapping.in_parts and (compile_model is True or compile_model == "on"):
         raise ConfigError(
             f"compile_model {compile_model!r} with parallel {parallel!r}",

@@ -1,4 +1,4 @@
-"""A model on several ranks: whole on each (DDP), or divided among them (FSDP2, in `fsdp`).
+"""A model on several ranks: whole on each (DDP), or divided among them (`fsdp`, `tensor_parallel`).
 
 `GpuOptimizer` wraps by it for any loop, the trainer's parallelism for itself. Knows torch's process group, no
 trainer and no run.
@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from obsinfra.errors import ConfigError, RanksDifferError
 
-Parallel = Literal["off", "ddp", "fsdp", "hsdp"]
+Parallel = Literal["off", "ddp", "fsdp", "hsdp", "tp"]
 Compression = Literal["off", "bf16", "fp16", "powersgd"]
 
 TRAVELS_AS = {"bf16": torch.bfloat16, "fp16": torch.float16, "powersgd": torch.float32}
@@ -37,8 +37,10 @@ class Wrapping:
 
     Attributes:
         parallel: `ddp`: whole on each rank; `fsdp`: a part on each; `hsdp`: whole once per `shard_size`
-            neighbouring ranks; `off`.
+            neighbouring ranks; `tp`: a part of each layer on `tensor_parallel_size` neighbouring ones; `off`.
         shard_size: of hsdp; None: the ranks of a host.
+        tensor_parallel_size: of tp, None: the ranks of a host; of fsdp and hsdp, which then divide what each
+            rank of such a group has, None: no layer is divided. Groups count as ranks do otherwise.
         offload: of fsdp and hsdp: parts are kept in host memory between their uses.
         compression: of the gradients' exchange, by ddp.
 
@@ -48,12 +50,14 @@ class Wrapping:
 
     parallel: Parallel = "off"
     shard_size: int | None = None
+    tensor_parallel_size: int | None = None
     offload: bool = False
     compression: Compression = "off"
 
     def __post_init__(self) -> None:
         for name, value, needs in (
             ("shard_size", self.shard_size, ("hsdp",)),
+            ("tensor_parallel_size", self.tensor_parallel_size, ("tp", "fsdp", "hsdp")),
             ("fsdp_offload", self.offload or None, ("fsdp", "hsdp")),
             ("gradient_compression", None if self.compression == "off" else self.compression, ("ddp",)),
         ):
@@ -67,7 +71,7 @@ class Wrapping:
     @property
     def in_parts(self) -> bool:
         """Whether a rank has a part of the model only."""
-        return self.parallel in ("fsdp", "hsdp")
+        return self.parallel in ("fsdp", "hsdp", "tp")
 
     @property
     def on(self) -> bool:
@@ -78,7 +82,9 @@ class Wrapping:
     def told(self) -> str:
         """In words, for the log."""
         offloaded = ", parts in host memory" if self.offload else ""
-        return f"{self.parallel}{offloaded}" + (
+        size = self.tensor_parallel_size
+        layers = f", layers divided among {size}" if size is not None else ""
+        return f"{self.parallel}{layers}{offloaded}" + (
             "" if self.compression == "off" else f", gradients by {self.compression}"
         )
 
@@ -112,11 +118,64 @@ class Wrapping:
             return replicate(model, self.compression)
         from obsinfra.optimization import fsdp
 
-        size = dist.get_world_size()
+        together, groups = self.together, dist.get_world_size() // self.together
+        shards = groups
         if self.parallel == "hsdp":
-            size = group_size(size, self.shard_size, "shard_size")
-        fsdp.keep_alike(model, fsdp.divide(model, size, offload=self.offload))
+            shards = group_size(dist.get_world_size(), self.shard_size, "shard_size", together=together)
+        if self.parallel == "tp" or self.tensor_parallel_size is not None:
+            buffers = self._divide_layers(model, together, groups, shards)
+        else:
+            buffers = fsdp.divide(model, shards, offload=self.offload)
+        fsdp.keep_alike(model, buffers)
         return model
+
+    def data_part(self) -> tuple[int, int]:
+        """Number of this rank's part of the data, and of parts.
+
+        Raises:
+            ConfigError: as `check_group` and `together`.
+        """
+        self.check_group()
+        if not self.on:
+            return 0, 1
+        return dist.get_rank() // self.together, dist.get_world_size() // self.together
+
+    @property
+    def together(self) -> int:
+        """Neighbouring ranks that compute the same batch: more than one where layers are divided.
+
+        Raises:
+            ConfigError: such groups do not fit the ranks.
+        """
+        if self.parallel != "tp" and self.tensor_parallel_size is None:
+            return 1
+        return group_size(dist.get_world_size(), self.tensor_parallel_size, "tensor_parallel_size")
+
+    def _divide_layers(self, model: nn.Module, together: int, groups: int, shards: int) -> list[Tensor]:
+        """By its plan, and by FSDP2 among the groups if so; the buffers of its state."""
+        from obsinfra.optimization import fsdp, tensor_parallel
+
+        option, parallel = "tensor_parallel_size", f"parallel {self.parallel!r}"
+        if self.parallel == "tp":
+            option = parallel
+        else:
+            tensor_parallel.check_several(groups, together, option, parallel)
+
+        def problem(model: nn.Module) -> str | None:
+            try:
+                tensor_parallel.plan_of(model, together, option)
+            except ConfigError as error:
+                return str(error)
+            return None if self.parallel == "tp" else fsdp.problem_of(model)
+
+        check_wrappable(model, "tensor parallelism", problem)
+        buffers = fsdp.saved_buffers(model)
+        if self.parallel == "tp":
+            mesh = tensor_parallel.divide_layers(model, together, {"data": groups}, option)
+            tensor_parallel.average_gradients(model, mesh)
+        else:
+            tensor_parallel.divide_both(model, together, shards, option, offload=self.offload)
+        return buffers
 
 
 def device_of_rank(device: str, *, disable_gpu: bool = False) -> str:

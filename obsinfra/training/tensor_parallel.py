@@ -5,23 +5,20 @@ or `--parallel fsdp` or `hsdp` with `--tensor-parallel-size` for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import clip_grad_norm_
 
 from obsinfra.config.settings import Settings
-from obsinfra.errors import ConfigError
 from obsinfra.observation.ranks import Ranks
-from obsinfra.optimization.fsdp import divide_over, saved_buffers
-from obsinfra.optimization.tensor_styles import Whole
+from obsinfra.optimization import tensor_parallel
+from obsinfra.optimization.fsdp import saved_buffers
 from obsinfra.optimization.wrapping import broadcast, group_size
 from obsinfra.training.fully_sharded import FullySharded, refuse_what_needs_whole_models
 from obsinfra.training.parallelism import DataParallel
@@ -35,6 +32,10 @@ class TensorParallel(DataParallel):
         ranks: all of them; torch's process group is there.
         settings: checked for what does not work with it.
 
+    Attributes:
+        size: ranks of a group.
+        option: what asked for it, for errors.
+
     Raises:
         ConfigError: a setting that does not work with it, or groups that do not fit the ranks.
     """
@@ -42,9 +43,9 @@ class TensorParallel(DataParallel):
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
         refuse_what_needs_whole_models(settings)
         super().__init__(ranks)
-        self._option = "--parallel tp" if settings.parallel == "tp" else "--tensor-parallel-size"
-        self._group = group_size(ranks.size, settings.tensor_parallel_size, "--tensor-parallel-size")
-        self.part, self.parts = ranks.rank // self._group, ranks.size // self._group
+        self.option = "--parallel tp" if settings.parallel == "tp" else "--tensor-parallel-size"
+        self.size = group_size(ranks.size, settings.tensor_parallel_size, "--tensor-parallel-size")
+        self.part, self.parts = ranks.rank // self.size, ranks.size // self.size
         # Within a group all compute on the same activations, so they must drop the same ones, too.
         ranks.draws_as = self.part
         self._peers: dist.ProcessGroup | None = None
@@ -61,36 +62,11 @@ class TensorParallel(DataParallel):
         Raises:
             ConfigError: it has no plan, or none for groups of this size.
         """
-        self._peers = self.divide_layers(model, {"data": self.parts}).get_group()
+        self._buffers = saved_buffers(model)
+        mesh = tensor_parallel.divide_layers(model, self.size, {"data": self.parts}, self.option)
+        self._peers = mesh.get_group()
         self._parameters = list(model.parameters())
         return model
-
-    def divide_layers(self, model: nn.Module, groups: Mapping[str, int]) -> DeviceMesh:
-        """Divide what the plan names, in place; the mesh of the groups.
-
-        Args:
-            groups: its dimensions, by name; their product is the number of groups.
-
-        Raises:
-            ConfigError: as `wrap`.
-        """
-        plan = getattr(model, "tensor_parallel_plan", None)
-        if plan is None:
-            raise ConfigError(
-                f"{self._option} with {type(model).__name__}, which has no tensor_parallel_plan",
-                "a model that says which of its layers can be divided, as that of byte_gpt",
-                "train with --parallel fsdp or ddp alone",
-            )
-        styles = plan(self._group)
-        self._buffers = saved_buffers(model)
-        broadcast((*model.parameters(), *model.buffers()))
-        device = next(model.parameters()).device
-        names = (*groups, "tensor")
-        mesh = init_device_mesh(device.type, (*groups.values(), self._group), mesh_dim_names=names)
-        for name, module in model.named_modules():
-            if name in styles or any(True for _ in module.parameters(recurse=False)):
-                parallelize_module(module, mesh["tensor"], styles.get(name) or Whole())
-        return mesh[tuple(groups)]
 
     def opened(self, batches: Sequence[Any]) -> tuple[list[Any], float]:
         """As under DDP, among groups."""
@@ -98,8 +74,8 @@ class TensorParallel(DataParallel):
 
     def counted(self, samples: int) -> int:
         """This rank's share of the samples its group has computed together."""
-        place = self.ranks.rank % self._group
-        return (place + 1) * samples // self._group - place * samples // self._group
+        place = self.ranks.rank % self.size
+        return (place + 1) * samples // self.size - place * samples // self.size
 
     @contextmanager
     def exchanging(self, model: nn.Module, *, now: bool) -> Iterator[None]:
@@ -107,15 +83,14 @@ class TensorParallel(DataParallel):
         yield
         if not now or self.parts == 1:
             return
-        with torch.no_grad():
-            for parameter in self._parameters:
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    gradient = _own(parameter.grad)
-                    dist.all_reduce(gradient, group=self._peers)
-                    gradient.div_(self.parts)
-            broadcast(self._buffers)
+        assert self._peers is not None
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                own = tensor_parallel.own_part(parameter.grad)
+                tensor_parallel.average_over(own, self._peers, self.parts)
+        broadcast(self._buffers)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Over the gradients of the whole group: one small collective."""
@@ -144,13 +119,8 @@ class TensorAndFullySharded(FullySharded):
     def __init__(self, ranks: Ranks, settings: Settings) -> None:
         self._layers = TensorParallel(ranks, settings)
         groups = self._layers.parts
-        if groups == 1:
-            all_of_them = f"--tensor-parallel-size {ranks.size} of {ranks.size} ranks"
-            raise ConfigError(
-                f"{all_of_them} with --parallel {settings.parallel}",
-                "several groups, among which FSDP divides the model",
-                "make it smaller, or train with --parallel tp",
-            )
+        parallel = f"--parallel {settings.parallel}"
+        tensor_parallel.check_several(groups, ranks.size, "--tensor-parallel-size", parallel)
         super().__init__(ranks, settings, together=ranks.size // groups)
         self.part, self.parts, self._who = self._layers.part, groups, "groups"
 
@@ -161,17 +131,11 @@ class TensorAndFullySharded(FullySharded):
             ConfigError: as `TensorParallel.wrap`, or a part that cannot be divided among the groups.
         """
         self._buffers = saved_buffers(model)
-        groups = {"data": self.parts}
-        if self._how == "hsdp" and self._shard_size < self.parts:
-            groups = {"replicate": self.parts // self._shard_size, "shard": self._shard_size}
-        divide_over(model, self._layers.divide_layers(model, groups), offload=self._offload)
+        layers = self._layers
+        shards = self._shard_size if self._how == "hsdp" else None
+        tensor_parallel.divide_both(model, layers.size, shards, layers.option, offload=self._offload)
         return model
 
     def counted(self, samples: int) -> int:
         """As under tensor parallelism."""
         return self._layers.counted(samples)
-
-
-def _own(value: Tensor) -> Tensor:
-    """What of it this rank has; the same memory."""
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from obsinfra.errors import ConfigError, RanksDifferError
+from obsinfra.observation.observed_run import observe
 from obsinfra.optimization.gpu_optimizer import GpuOptimizer, create_gpu_optimizer
+from obsinfra.workloads.byte_gpt import ByteGPT, Shape
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +88,91 @@ def test_two_ranks_train_as_one_process_from_rank_0s_values() -> None:
     }
 
 
+TINY = Shape(2, 32, 4, 16, 8, 3e-3, 1, 64)
+
+
+def gpt_trained(gpu: GpuOptimizer, part: int, parts: int) -> tuple[ByteGPT, list[float]]:
+    """A plain loop of two passes a step over a part of the rows; losses of that part."""
+    torch.manual_seed(part)  # rank 0's values are everyone's
+    model = gpu.optimize_model(ByteGPT(TINY))
+    updates = gpu.create_optimizer(model.parameters(), lr=1e-2)
+    text = torch.randint(0, 256, (STEPS, 2, ROWS, 17), generator=torch.Generator().manual_seed(5))
+    losses = []
+    for step in text:
+        updates.zero_grad()
+        for batch in step:
+            rows = batch.chunk(parts)[part]
+            logits = model(rows[:, :-1])
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / 2
+            loss.backward()
+            losses.append(float(loss.detach()))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        losses.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        updates.step()
+    return model, losses
+
+
+def _ranks_divide_layers(ranks: Any) -> Any:
+    found: dict[str, Any] = {}
+    choices = {
+        "tp": {"parallel": "tp", "tensor_parallel_size": 2},
+        "both": {"parallel": "fsdp", "tensor_parallel_size": 2},
+        "three": {"parallel": "hsdp", "tensor_parallel_size": 2, "shard_size": 1},
+    }
+    for name, chosen in choices.items():
+        gpu = optimizer(**chosen)
+        model, losses = gpt_trained(gpu, *gpu.data_part)
+        own = sum(parameter.to_local().numel() for parameter in model.blocks.parameters())
+        weights = torch.cat([whole(parameter).flatten() for parameter in model.parameters()])
+        found[name] = weights.tolist(), losses, own, gpu.decisions()["parallel"], gpu.data_part
+    with pytest.raises(ConfigError, match="tensor_parallel_size 3 does not divide 4 ranks"):
+        optimizer(parallel="tp", tensor_parallel_size=3).optimize_model(ByteGPT(TINY))
+    return found
+
+
+def test_two_pairs_divide_the_layers_of_a_model_that_has_a_plan() -> None:
+    """Alone, within FSDP2 and within HSDP, in a plain loop that adds up two passes and clips: what one
+    process trains on all rows."""
+    one, losses = gpt_trained(optimizer(), 0, 1)
+    alone = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
+    four = in_group(4, _ranks_divide_layers)
+    assert all(isinstance(rank, dict) for rank in four), four
+    divided, norms = 12 * 32**2, 2 * 32
+    owns = {"tp": divided // 2 + norms, "both": divided // 4 + norms // 2, "three": divided // 2 + norms}
+    for name, own in owns.items():
+        assert [rank[name][4] for rank in four] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+        assert all(rank[name][0] == four[0][name][0] for rank in four), name
+        assert [rank[name][2] for rank in four] == [TINY.layers * own] * 4, name
+        together = torch.tensor([four[first][name][1] for first in (0, 2)]).mean(0)
+        assert torch.allclose(together, torch.tensor(losses), rtol=1e-4), name
+        assert torch.allclose(torch.tensor(four[0][name][0]), alone, atol=1e-4), name
+    torch.manual_seed(0)
+    start = torch.cat([parameter.detach().flatten() for parameter in ByteGPT(TINY).parameters()])
+    assert float((alone - start).abs().max()) > 1e-2
+    told = [four[0][name][3] for name in owns]
+    assert told == [f"{how}, layers divided among 2" for how in ("tp", "fsdp", "hsdp")]
+
+
+def _observed(ranks: Any, output: Path, parallel: str) -> list[float]:
+    """What each step of an observed loop draws."""
+    gpu = optimizer(parallel=parallel)
+    model = gpu.optimize_model(ByteGPT(TINY))
+    updates = gpu.create_optimizer(model.parameters())
+    settings = {"output_dir": output, "disable_monitoring": True, "metrics_port": 0}
+    run = observe(model, updates, run=parallel, ranks=ranks, **settings)
+    drawn = [float(torch.rand(())) for _ in run.steps(range(3))]
+    run.finish()
+    return drawn
+
+
+def test_ranks_that_compute_the_same_batch_draw_alike_in_an_observed_loop(tmp_path: Path) -> None:
+    """Of a model in parts of layers; of a whole one each rank draws for itself."""
+    first, second = in_group(2, _observed, tmp_path, "tp")
+    assert first == second and len(set(first)) == 3, (first, second)
+    own = in_group(2, _observed, tmp_path, "ddp")
+    assert own[0] == first and len({*own[0], *own[1]}) == 6, own
+
+
 def _refused(gpu: GpuOptimizer, model: nn.Module, error: type[Exception] = ConfigError) -> str:
     with pytest.raises(error) as caught:
         gpu.optimize_model(model)
@@ -102,9 +191,17 @@ def _ranks_refuse(ranks: Any) -> Any:
         "twice": _refused(ddp, ddp.optimize_model(nn.Linear(2, 2))),
         "parts twice": _refused(fsdp, fsdp.optimize_model(nn.Linear(2, 2))),
         "hsdp": _refused(optimizer(parallel="hsdp", shard_size=3), nn.Linear(2, 2)),
+        "no plan": _refused(optimizer(parallel="tp"), nn.Linear(2, 2)),
+        "heads": _refused(optimizer(parallel="tp"), ByteGPT(replace(TINY, heads=1))),
+        "one group": _refused(optimizer(parallel="fsdp", tensor_parallel_size=2), ByteGPT(TINY)),
         "differ": _refused(ddp, lone, RanksDifferError),
         "differ in parts": _refused(fsdp, lone, RanksDifferError),
     }
+    # Heads, of which the shapes say nothing: rank 1 alone has ones that divide.
+    odd_heads = ByteGPT(replace(TINY, heads=1 + ranks.rank))
+    told["heads of one"] = _refused(
+        optimizer(parallel="tp"), odd_heads, RanksDifferError if ranks.rank else ConfigError
+    )
     # One that only rank 1 cannot wrap: both hear of it, and none waits for the other.
     odd = nn.Linear(2, 2).requires_grad_(ranks.rank == 0)
     told["one"] = _refused(ddp, odd, ConfigError if ranks.rank else RanksDifferError)
@@ -125,6 +222,9 @@ EXPECTED = {
     "twice": "DistributedDataParallel cannot be wrapped by DDP: it is wrapped by DDP already",
     "parts twice": "cannot be wrapped by FSDP2: ranks have parts of it already",
     "hsdp": "shard_size 3 does not divide 2 ranks",
+    "no plan": "wrapped by tensor parallelism: parallel 'tp' with Linear, which has no tensor_parallel_plan",
+    "heads": "1 heads of byte_gpt cannot be divided among 2 ranks",
+    "one group": "tensor_parallel_size 2 of 2 ranks with parallel 'fsdp'; expected several groups",
     "differ": "rank 1 has parameters of other names, shapes or types than rank 0",
     "differ in parts": "rank 1 has parameters of other names, shapes or types than rank 0",
 }
@@ -136,6 +236,8 @@ def test_what_cannot_be_wrapped_is_said_on_every_rank() -> None:
     for rank, told in enumerate(found):
         for name, text in EXPECTED.items():
             assert text in told[name], (rank, name, told[name])
+    assert "1 heads of byte_gpt cannot be divided" in found[0]["heads of one"]
+    assert "rank 0 cannot wrap its model by tensor parallelism" in found[1]["heads of one"]
     assert "rank 1 cannot wrap its model by DDP" in found[0]["one"]
     assert "none of its parameters is trained" in found[1]["one"]
 
@@ -143,7 +245,14 @@ def test_what_cannot_be_wrapped_is_said_on_every_rank() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"parallel": "tp"}, "parallel 'tp'; expected one of 'off', 'ddp', 'fsdp', 'hsdp'"),
+        ({"parallel": "pp"}, "parallel 'pp'; expected one of 'off', 'ddp', 'fsdp', 'hsdp', 'tp'"),
+        ({"parallel": "tp", "compile_model": True}, "compile_model True with parallel 'tp'"),
+        ({"parallel": "tp", "fsdp_offload": True}, "fsdp_offload True with parallel 'tp'"),
+        (
+            {"parallel": "ddp", "tensor_parallel_size": 2},
+            "tensor_parallel_size 2 with parallel 'ddp'; expected parallel 'tp' or 'fsdp' or 'hsdp'",
+        ),
+        ({"parallel": "tp", "tensor_parallel_size": 0}, "tensor_parallel_size 0; expected a whole number of"),
         ({"parallel": "fsdp", "compile_model": True}, "compile_model True with parallel 'fsdp'"),
         ({"parallel": "fsdp", "gradient_compression": "fp16"}, "gradient_compression 'fp16' with parallel"),
         ({"gradient_compression": "zip"}, "gradient_compression 'zip'; expected one of 'off'"),
