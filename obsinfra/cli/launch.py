@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +44,18 @@ class Launcher:
         return any(getattr(self, name) is not None for name in self.__dataclass_fields__)
 
     def arguments(self) -> list[str]:
-        """For torchrun."""
+        """For torchrun.
+
+        Raises:
+            ConfigError: numbers of ranks or hosts that are none, or hosts without a place to meet.
+        """
+        if not re.fullmatch(r"[1-9]\d*|gpu|cpu|xpu|auto", self.nproc_per_node or "1"):
+            raise ConfigError(
+                f"--nproc-per-node {self.nproc_per_node}", "a whole number of at least 1, gpu, cpu or auto"
+            )
+        hosts = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", self.nnodes or "1")
+        if hosts is None or int(hosts[1]) > int(hosts[2] or hosts[1]):
+            raise ConfigError(f"--nnodes {self.nnodes}", "a number of hosts, or MIN:MAX of them, at least 1")
         given = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.rdzv_endpoint is not None:
             given["rdzv_backend"] = BACKEND

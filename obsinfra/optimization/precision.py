@@ -52,8 +52,8 @@ def choose_device(wanted: str | torch.device, *, disable_gpu: bool = False) -> t
                 f"device {wanted!r}", f"a CUDA device of this machine ({found})", "use --device auto"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device 'mps'", "a Mac with a Metal GPU", "use --device auto")
-    elif device.type not in ("cpu", "mps"):
+        raise ConfigError(f"device {wanted!r}", "a Mac with a Metal GPU", "use --device auto")
+    elif device.type not in ("cpu", "mps") or device.index:
         raise ConfigError(f"device {wanted!r}", "auto, cpu, cuda, cuda:N or mps", "correct --device")
     return device
 
@@ -95,17 +95,22 @@ def check_same_architecture(devices: Sequence[torch.device]) -> None:
     Raises:
         ConfigError: they do.
     """
-    kinds = {
-        device: (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-        for device in devices
-    }
+    kinds = {device: kind_of(device) for device in devices}
     if len(set(kinds.values())) > 1:
-        seen = ", ".join(f"{device}: {name} ({a}.{b})" for device, (name, (a, b)) in kinds.items())
+        seen = ", ".join(f"{device}: {kind}" for device, kind in kinds.items())
         raise ConfigError(
             f"devices of different architectures ({seen})",
             "devices of one kind",
             "choose device_ids, or CUDA_VISIBLE_DEVICES, of one kind",
         )
+
+
+def kind_of(device: torch.device) -> str:
+    """What ranks must have alike to compute alike: name and capability of a CUDA device, else the type."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
 
 
 _NOTHING = nullcontext()

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from obsinfra.errors import ConfigError, RanksDifferError
+from obsinfra.optimization.precision import kind_of
 
 Parallel = Literal["off", "ddp", "fsdp", "hsdp", "tp"]
 Compression = Literal["off", "bf16", "fp16", "powersgd"]
@@ -280,10 +281,15 @@ def check_wrappable(model: nn.Module, by: str, problem_of: Callable[[nn.Module],
         RanksDifferError: another rank's cannot, or is another one.
     """
     problem = _wrapped_already(model) or _without_values(model) or problem_of(model)
-    shapes = [] if problem else [(n, list(p.shape), str(p.dtype)) for n, p in model.named_parameters()]
-    digest = hashlib.sha256(json.dumps(shapes).encode()).digest()
+    shapes = (
+        []
+        if problem
+        else [(n, list(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
+    )
+    kind = next((kind_of(parameter.device) for parameter in model.parameters()), "")
     mine = torch.tensor(
-        [problem is not None, int.from_bytes(digest[:7], "big")], device=_meeting_place(model)
+        [problem is not None, _number_of(kind.encode()), _number_of(json.dumps(shapes).encode())],
+        device=_meeting_place(model),
     )
     all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(all_of_them, mine)
@@ -294,17 +300,26 @@ def check_wrappable(model: nn.Module, by: str, problem_of: Callable[[nn.Module],
             "a model that can",
             "wrap one that can, or train without it",
         )
-    if failed := [rank for rank, (other, _) in enumerate(found) if other]:
+    if failed := [rank for rank, (other, *_) in enumerate(found) if other]:
         raise RanksDifferError(
             f"rank {failed[0]} cannot wrap its model by {by}", "the same model on every rank"
         )
-    if len({shape for _, shape in found}) > 1:
-        odd = next(rank for rank, (_, shape) in enumerate(found) if shape != found[0][1])
+    if odd := [rank for rank, (_, other, _) in enumerate(found) if other != found[0][1]]:
         raise RanksDifferError(
-            f"rank {odd} has parameters of other names, shapes or types than rank 0",
+            f"rank {odd[0]} computes on another kind of device than rank 0 (this one: {kind})",
+            "devices of one kind on every rank",
+            "name the devices, or start on hosts that are alike",
+        )
+    if odd := [rank for rank, (*_, shape) in enumerate(found) if shape != found[0][2]]:
+        raise RanksDifferError(
+            f"rank {odd[0]} has parameters of other names, shapes or types than rank 0, or trains others",
             "the same model on every rank",
             "build it from the same code and settings",
         )
+
+
+def _number_of(text: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
 def _meeting_place(model: nn.Module) -> torch.device:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 import obsinfra
 from obsinfra.config.settings import Settings
@@ -286,8 +287,13 @@ def choose_parallelism(ranks: Ranks, settings: Settings) -> Parallelism:
     return DataParallel(ranks, compression)
 
 
-def check_alike(ranks: Ranks, settings: Settings, workload: Workload, model: nn.Module) -> None:
-    """Whether all ranks have the same code, data, settings and model. Each says what is different.
+def check_alike(
+    ranks: Ranks, settings: Settings, workload: Workload, model: nn.Module, hardware: dict[str, str]
+) -> None:
+    """Whether all ranks have the same code, data, settings, hardware and model. Each says what is different.
+
+    Args:
+        hardware: the device's kind and the precision in use, which `auto` chooses by what a host has.
 
     Raises:
         RanksDifferError: they have not, on every rank.
@@ -295,7 +301,7 @@ def check_alike(ranks: Ranks, settings: Settings, workload: Workload, model: nn.
     """
     if ranks.alone:
         return
-    mine = _fingerprint(settings, workload, model)
+    mine = _fingerprint(settings, workload, model) | {"hardware": hardware}
     all_of_them = ranks.gather("fingerprint", mine)
     for name in mine:
         values = [json.dumps(one[name], sort_keys=True) for one in all_of_them]
@@ -304,7 +310,9 @@ def check_alike(ranks: Ranks, settings: Settings, workload: Workload, model: nn.
             raise RanksDifferError(
                 f"rank {odd} has another {name} than rank 0: {_difference(all_of_them, name, odd)}",
                 f"the same {name} on every rank",
-                "bring the same code, data and settings to every host",
+                "train on hosts with devices of one kind, or say --device cpu or --precision on each"
+                if name == "hardware"
+                else "bring the same code, data and settings to every host",
             )
 
 
@@ -317,9 +325,10 @@ def _difference(found: list[Any], name: str, odd: int) -> str:
 
 
 def _fingerprint(settings: Settings, workload: Workload, model: nn.Module) -> dict[str, Any]:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = [
-        (name, list(value.shape), str(value.dtype))
-        if isinstance(value, torch.Tensor)
+        (name, list(value.shape), str(value.dtype), name in trained)
+        if isinstance(value, torch.Tensor) and not is_lazy(value)  # of which wrapping says that it has none
         else (name, type(value).__name__)
         for name, value in model.state_dict().items()
     ]

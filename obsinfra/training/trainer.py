@@ -26,6 +26,7 @@ from obsinfra.optimization.gpu_optimizer import create_gpu_optimizer
 from obsinfra.optimization.memory_layout import WantedLayout
 from obsinfra.optimization.memory_optimizer import create_memory_optimizer
 from obsinfra.optimization.micro_batching import Share, pieces, rows_of
+from obsinfra.optimization.precision import kind_of
 from obsinfra.training.accumulation import MicroBatches
 from obsinfra.training.best import BestTracker
 from obsinfra.training.faults import Faults
@@ -131,7 +132,8 @@ class Trainer:
             agreement=self.parallel if isinstance(self.parallel, LateDataParallel) else None,
         )
         self.memory.optimize_for_training(self.model)
-        check_alike(self.parallel.ranks, settings, workload, self.model)
+        hardware = {"device": kind_of(self.device), "precision": self.precision.name}
+        check_alike(self.parallel.ranks, settings, workload, self.model, hardware)
         self.wrapped = self.parallel.wrap(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self.gpu.create_optimizer(

@@ -1,6 +1,6 @@
 """Digits on several ranks of which rank 1 has a fault, named by RANK_FAULT; as a workload factory.
 
-`unsavable` is wrong on every rank.
+`unsavable` and `lazy` are wrong on every rank.
 
 A fault in training shows once: the file RANK_FAULT_MARK tells the ranks of a later attempt that it is over.
 """
@@ -51,6 +51,10 @@ class FaultyDigits(Digits):
         model = super().build_model()
         if os.environ.get("RANK_FAULT") == "unsavable":
             return Unsavable(model)
+        if os.environ.get("RANK_FAULT") == "lazy":
+            return nn.Sequential(model, nn.LazyLinear(10))
+        if self._fault == "frozen":
+            next(model.parameters()).requires_grad_(False)
         return nn.Sequential(model, nn.Linear(10, 10)) if self._fault == "model" else model
 
     def training_step(self, model: nn.Module, batch: Any) -> StepOutput:

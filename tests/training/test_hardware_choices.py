@@ -84,6 +84,15 @@ def test_devices_of_several_architectures_are_refused_by_name(monkeypatch: pytes
     assert create_gpu_optimizer([1], mixed_precision=False).device == torch.device("cuda:1")
 
 
+@pytest.mark.parametrize("device", ["cpu:3", "mps:1", "cuda:9"])
+def test_a_device_of_a_number_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=f"device '{device}'; expected"):
+        create_gpu_optimizer(device=device)
+
+
 def test_one_choice_of_device_is_enough() -> None:
     with pytest.raises(ConfigError, match="beside another choice of device"):
         create_gpu_optimizer([0], device="cpu")

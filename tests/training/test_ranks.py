@@ -20,7 +20,7 @@ from obsinfra.errors import CommandError, ConfigError
 from obsinfra.observation import executors
 from obsinfra.observation.observed_run import ObservedRun
 from obsinfra.observation.ranks import Alone
-from obsinfra.optimization import wrapping
+from obsinfra.optimization import precision, wrapping
 from obsinfra.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -163,22 +163,27 @@ def _faulty(ranks: Any, output: Path, fault: str, settings: dict[str, Any]) -> A
     os.environ["RANK_FAULT"] = fault
     if fault == "settings" and ranks.rank == 1:
         settings = {**settings, "clip_norm": 7.0}
+    if fault == "hardware":  # ranks on processors of which one multiplies bf16 natively
+        settings = {**settings, "precision": "auto"}
+        precision.cpu_has_bf16 = lambda: bool(ranks.rank == 1)
     return trained(ranks, output, model_name="rank_faults:create_workload", **settings)
 
 
 @pytest.mark.parametrize(
-    ("what", "difference"),
+    ("fault", "what", "difference"),
     [
-        ("data", "training_images 7, not 1437"),
-        ("code", "workload '"),
-        ("settings", "clip_norm 7.0, not 1.0"),
-        ("model", "'"),
+        ("data", "data", "training_images 7, not 1437"),
+        ("code", "code", "workload '"),
+        ("settings", "settings", "clip_norm 7.0, not 1.0"),
+        ("hardware", "hardware", "precision 'bf16', not 'fp32'"),
+        ("model", "model", "'"),
+        ("frozen", "model", "'"),  # the same shapes, but not all of them trained
     ],
 )
 def test_ranks_that_are_not_alike_end_with_an_error_that_names_it(
-    tmp_path: Path, what: str, difference: str
+    tmp_path: Path, fault: str, what: str, difference: str
 ) -> None:
-    found = in_group(2, _faulty, tmp_path, what, {"run": "r"})
+    found = in_group(2, _faulty, tmp_path, fault, {"run": "r"})
     told = f"RanksDifferError: rank 1 has another {what} than rank 0: {difference}"
     assert all(isinstance(text, str) and told in text for text in found), found
     assert not (tmp_path / "r").exists()
@@ -187,6 +192,13 @@ def test_ranks_that_are_not_alike_end_with_an_error_that_names_it(
 def test_a_model_that_cannot_be_saved_is_an_error_on_every_rank_before_the_first_step(tmp_path: Path) -> None:
     found = in_group(2, _faulty, tmp_path, "unsavable", {"run": "r"})
     told = "this training cannot be saved: state.model._extra_state is a _thread.lock; expected tensors"
+    assert all(isinstance(text, str) and told in text for text in found), found
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_model_without_shapes_yet_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    found = in_group(2, _faulty, tmp_path, "lazy", {"run": "r"})
+    told = "Sequential cannot be wrapped by DDP: 1.weight has no shape yet; call the model once on a batch"
     assert all(isinstance(text, str) and told in text for text in found), found
     assert not (tmp_path / "r").exists()
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from obsinfra.errors import ConfigError, RanksDifferError
 from obsinfra.observation.observed_run import observe
+from obsinfra.optimization import wrapping
 from obsinfra.optimization.gpu_optimizer import GpuOptimizer, create_gpu_optimizer
 from obsinfra.workloads.byte_gpt import ByteGPT, Shape
 
@@ -182,6 +183,8 @@ def _refused(gpu: GpuOptimizer, model: nn.Module, error: type[Exception] = Confi
 def _ranks_refuse(ranks: Any) -> Any:
     ddp, fsdp = optimizer(parallel="ddp"), optimizer(parallel="fsdp")
     lone = nn.Linear(2, 2 + ranks.rank)
+    half_frozen = nn.Linear(2, 2)
+    half_frozen.bias.requires_grad_(ranks.rank == 0)
     told = {
         "frozen": _refused(ddp, nn.Linear(2, 2).requires_grad_(False)),
         "empty": _refused(ddp, nn.ReLU()),
@@ -196,12 +199,16 @@ def _ranks_refuse(ranks: Any) -> Any:
         "one group": _refused(optimizer(parallel="fsdp", tensor_parallel_size=2), ByteGPT(TINY)),
         "differ": _refused(ddp, lone, RanksDifferError),
         "differ in parts": _refused(fsdp, lone, RanksDifferError),
+        "trained": _refused(fsdp, half_frozen, RanksDifferError),
     }
     # Heads, of which the shapes say nothing: rank 1 alone has ones that divide.
     odd_heads = ByteGPT(replace(TINY, heads=1 + ranks.rank))
     told["heads of one"] = _refused(
         optimizer(parallel="tp"), odd_heads, RanksDifferError if ranks.rank else ConfigError
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrapping, "kind_of", lambda device: f"card {ranks.rank}")
+        told["kinds"] = _refused(ddp, nn.Linear(2, 2), RanksDifferError)
     # One that only rank 1 cannot wrap: both hear of it, and none waits for the other.
     odd = nn.Linear(2, 2).requires_grad_(ranks.rank == 0)
     told["one"] = _refused(ddp, odd, ConfigError if ranks.rank else RanksDifferError)
@@ -227,6 +234,8 @@ EXPECTED = {
     "one group": "tensor_parallel_size 2 of 2 ranks with parallel 'fsdp'; expected several groups",
     "differ": "rank 1 has parameters of other names, shapes or types than rank 0",
     "differ in parts": "rank 1 has parameters of other names, shapes or types than rank 0",
+    "kinds": "rank 1 computes on another kind of device than rank 0 (this one: card ",
+    "trained": "rank 1 has parameters of other names, shapes or types than rank 0, or trains others",
 }
 
 
