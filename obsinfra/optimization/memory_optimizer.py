@@ -220,7 +220,7 @@ class MemoryOptimizer:
                 of what a step has to put back; no list of batches; or, after a repetition, a parameter of
                 another module than that model has the gradients of both attempts.
         """
-        if not isinstance(batches, (list, tuple)) or not batches:
+        if not isinstance(batches, list) or not batches:  # of a tuple nobody knows whether it is one batch
             raise ConfigError(
                 f"batches {shown(batches)}",
                 "a list of one or more batches",

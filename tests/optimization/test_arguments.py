@@ -222,6 +222,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "run no batch": (lambda: memory().run(0, [], len), "batches []"),
     "run a bare batch": (lambda: memory().run(0, torch.ones(8, 2), len), "batches of type Tensor"),
+    "run a tuple": (lambda: memory().run(0, (torch.ones(8, 2), torch.ones(8)), len), "a list of one or more"),
     "run what is gone afterwards": (lambda: memory().run(0, iter([1]), len), "batches of type list_iterator"),
     "run nothing on it": (lambda: memory().run(0, [torch.ones(8, 2)], None), "attempt None"),
     "watch what is none": (lambda: enter(memory().watching(object())), "a monitor of type object"),
