@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from obsinfra.alerting.evaluator import AlertStatus
+from obsinfra.monitoring.json_numbers import finite
 from obsinfra.monitoring.rotating_file import RotatingFile
 from obsinfra.run.files import of_rank
 
@@ -133,7 +134,7 @@ class PerformanceHistory:
         with self._lock:
             pending, self._pending = self._pending, []
         for record in pending:
-            self._file.append(json.dumps(_finite(record), allow_nan=False, default=str).encode())
+            self._file.append(json.dumps(finite(record), allow_nan=False, default=str).encode())
 
     def close(self) -> None:
         """Close the file."""
@@ -194,14 +195,3 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 if isinstance(record, dict) and isinstance(record.get("at"), int | float):
                     yield record
-
-
-def _finite(value: Any) -> Any:
-    """`value` with what is not finite as text: JSON has no number for it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import os
 import ssl
 import threading
@@ -25,6 +24,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.util.re import parse_env_headers
 
+from obsinfra.monitoring.json_numbers import finite
 from obsinfra.monitoring.rotating_file import RotatingFile
 
 REQUEST_SECONDS = 5.0
@@ -137,7 +137,7 @@ class FileDelivery:
             "start_ns": span.start_time,
             "end_ns": span.end_time,
             "status": span.status.status_code.name.lower(),
-            "attributes": {key: _finite(value) for key, value in (span.attributes or {}).items()},
+            "attributes": {key: finite(value) for key, value in (span.attributes or {}).items()},
             "links": [
                 {"trace_id": f"{link.context.trace_id:032x}", "span_id": f"{link.context.span_id:016x}"}
                 for link in span.links
@@ -150,12 +150,3 @@ def _otlp_variable(name: str) -> str:
     return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(
         f"OTEL_EXPORTER_OTLP_{name}", ""
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not finite is written as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return [_finite(item) for item in value]
-    return value

@@ -29,11 +29,11 @@ from obsinfra.catalog.alert_changes import CHANGEABLE, alert_table
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.exporter import MetricsServer
 from obsinfra.monitoring.exposition import HistogramSample, SampleCollector
-from obsinfra.monitoring.gpu_sampler import create_gpu_sampler
 from obsinfra.monitoring.history import History
-from obsinfra.monitoring.host_sampler import HostSampler
 from obsinfra.monitoring.instruments import HistogramValue, Instruments
+from obsinfra.monitoring.json_numbers import finite
 from obsinfra.monitoring.logging_config import get_logger
+from obsinfra.monitoring.machine import Machine
 from obsinfra.monitoring.performance_history import NullPerformanceHistory, PerformanceHistory
 from obsinfra.monitoring.recorder import Recorder, _Phase, _Step
 from obsinfra.monitoring.sample import Sample
@@ -151,10 +151,7 @@ class TrainingMonitor:
         self._address = (metrics_host, metrics_port)
         self._sample_seconds = sample_seconds
         self._otlp_endpoint, self._trace_file = otlp_endpoint, trace_file
-        self._host_sampler = HostSampler(disk_path or Path.cwd())
-        self._gpu_sampler = create_gpu_sampler()
-        self._sampled: list[Sample] = []
-        self._host_view: dict[str, Any] = {}
+        self._machine = Machine(disk_path or Path.cwd())
         self._alert_mode = alert_mode
         self._all_runs_page = all_runs_page
         self._alerts = alert_table(thresholds, alerts)
@@ -227,7 +224,7 @@ class TrainingMonitor:
         if self._server is not None:
             self._server.stop()
             self._server = None
-        self._gpu_sampler.close()
+        self._machine.close()
 
     def __enter__(self) -> TrainingMonitor:
         self.start_monitoring()
@@ -503,7 +500,7 @@ class TrainingMonitor:
         }  # one series, however many devices the alert fires for
         for name, severity in sorted(firing):
             put(catalog.ALERT_FIRING, 1.0, alert=name, severity=severity)
-        return [*out, *self._from_sources(), *self._sampled, *self.instruments.samples()]
+        return [*out, *self._from_sources(), *self._machine.samples, *self.instruments.samples()]
 
     def present_value(self, metric: catalog.Metric) -> float | None:
         """What a metric without labels of its own shows now; None while it is absent."""
@@ -564,7 +561,7 @@ class TrainingMonitor:
                 "validation": self.validation,
                 "train": dict(recorder.train_metric_values()),
             },
-            "host": self._host_view,
+            "host": self._machine.host,
             "alerts": [
                 {
                     "name": status.alert.name,
@@ -583,11 +580,11 @@ class TrainingMonitor:
             "all_runs_page": self._all_runs_page(),
             "checkpoints": list(self.checkpoints),
             "commands": list(self.commands),
-            "gpus": self._gpu_view(),
+            "gpus": self._machine.gpus(),
             **self.history.since(since),
         }
-        finite: dict[str, Any] = _finite(document)
-        return finite
+        shown: dict[str, Any] = finite(document, instead=lambda number: None)
+        return shown
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -629,7 +626,7 @@ class TrainingMonitor:
             },
             "platform": platform.platform(),
             "processors": os.cpu_count(),
-            "gpus": [gpu["name"] for gpu in self._gpu_sampler.describe()],
+            "gpus": self._machine.gpu_names(),
         }
 
     def _housekeeping(self) -> None:
@@ -651,7 +648,7 @@ class TrainingMonitor:
         """One round of housekeeping."""
         self._look_after(
             ("recorder", self.recorder.fold),
-            ("samplers", self._sample),
+            ("samplers", self._machine.sample),
             ("alerts", self._evaluate),
             ("tracing", self._trace),
             ("history", self._remember),
@@ -672,22 +669,6 @@ class TrainingMonitor:
         if component not in self._known_failures:
             self._known_failures.add(component)
             self._log.error("telemetry_failed", component=component, error=repr(error), exc_info=error)
-
-    def _sample(self) -> None:
-        sampled = [*self._host_sampler.sample(), *self._gpu_sampler.sample()]
-        self._sampled = sampled
-        by_name = {metric.name: value for metric, labels, value in sampled if not labels}
-        limit = by_name.get(catalog.CGROUP_MEMORY_LIMIT_BYTES.name)
-        used = by_name.get(catalog.CGROUP_MEMORY_USED_BYTES.name)
-        self._host_view = {
-            "cpu_ratio": by_name.get(catalog.HOST_CPU_RATIO.name),
-            "process_cpu_ratio": by_name.get(catalog.PROCESS_CPU_RATIO.name),
-            "memory_ratio": by_name.get(catalog.MEMORY_PRESSURE_RATIO.name),
-            "memory_used_bytes": used if limit else by_name.get(catalog.HOST_MEMORY_USED_BYTES.name),
-            "memory_limit_bytes": limit or by_name.get(catalog.HOST_MEMORY_TOTAL_BYTES.name),
-            "resident_bytes": by_name.get(catalog.PROCESS_RESIDENT_MEMORY_BYTES.name),
-            "disk_free_bytes": by_name.get(catalog.DISK_FREE_BYTES.name),
-        }
 
     def _for_alerts(self) -> list[tuple[str, Mapping[str, str], float]]:
         return [(sample.metric.sample_name, sample.labels, sample.value) for sample in self.samples()]
@@ -720,13 +701,7 @@ class TrainingMonitor:
 
     def _remember(self) -> None:
         recorder = self.recorder
-        gpus = self._gpu_view()
-        busy = [gpu["utilization_ratio"] for gpu in gpus if gpu["utilization_ratio"] is not None]
-        full = [
-            gpu["memory_used_bytes"] / gpu["memory_total_bytes"]
-            for gpu in gpus
-            if gpu["memory_used_bytes"] is not None and gpu["memory_total_bytes"]
-        ]
+        gpu_ratio, gpu_memory_ratio = self._machine.gpu_load()
         point: dict[str, float | None] = {
             "time": time.time(),
             "step": recorder.step,
@@ -735,10 +710,10 @@ class TrainingMonitor:
             "learning_rate": self._learning_rate(),
             "samples_per_second": self._samples_per_second(),
             "step_time_seconds": recorder.median_step_seconds() or None,
-            "cpu_ratio": self._host_view.get("cpu_ratio"),
-            "memory_ratio": self._host_view.get("memory_ratio"),
-            "gpu_ratio": sum(busy) / len(busy) if busy else None,
-            "gpu_memory_ratio": max(full) if full else None,
+            "cpu_ratio": self._machine.host.get("cpu_ratio"),
+            "memory_ratio": self._machine.host.get("memory_ratio"),
+            "gpu_ratio": gpu_ratio,
+            "gpu_memory_ratio": gpu_memory_ratio,
         }
         self.history.add(point)
         self._kept.point(point)
@@ -772,28 +747,6 @@ class TrainingMonitor:
             "eta_seconds": eta if self.state == "running" else None,
         }
 
-    def _gpu_view(self) -> list[dict[str, Any]]:
-        values: dict[str, dict[str, float]] = {}
-        for metric, labels, value in self._sampled:
-            if metric.labels == ("device",):
-                values.setdefault(labels["device"], {})[metric.name] = value
-        return [
-            {
-                "device": found["device"],
-                "name": found["name"],
-                "utilization_ratio": values.get(found["device"], {}).get(catalog.GPU_UTILIZATION_RATIO.name),
-                "memory_used_bytes": values.get(found["device"], {}).get(catalog.GPU_MEMORY_USED_BYTES.name),
-                "memory_total_bytes": values.get(found["device"], {}).get(
-                    catalog.GPU_MEMORY_TOTAL_BYTES.name
-                ),
-                "temperature_celsius": values.get(found["device"], {}).get(
-                    catalog.GPU_TEMPERATURE_CELSIUS.name
-                ),
-                "power_watts": values.get(found["device"], {}).get(catalog.GPU_POWER_WATTS.name),
-            }
-            for found in self._gpu_sampler.describe()
-        ]
-
     def _histograms(self) -> list[HistogramSample]:
         recorder = self.recorder
         steps = HistogramValue(
@@ -812,14 +765,3 @@ def _torch_version() -> str:
         return version("torch")
     except PackageNotFoundError:
         return "none"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: replace what is not finite by None, all the way down."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
