@@ -261,6 +261,8 @@ def test_a_step_added_after_one_that_waits_for_the_end_is_taken_in_its_time(scen
     scene.face.decide(firing)
     scene.later(1.1)
     assert scene.face.decide(firing) == {"duplicate": 1}  # which is no step
+    (shown,) = scene.face.get("/v1/runs/r1")["firing"]
+    assert (shown["next_step"], shown["next_at"]) == (None, None)  # though it is watched for its end
     more = Response(escalate=(pause, Step("stop", after_minutes=9)))
     scene.policy = replace(HOT, responses={"GradientExplosion": more})
     scene.restart()
@@ -282,6 +284,17 @@ def test_a_restarted_sidecar_waits_for_word_of_what_resolved_meanwhile(scenes: A
     scene.later(0.0)
     assert scene.done() == ["emergency_checkpoint"]
     scene.later(0.5)
+    assert scene.done() == ["emergency_checkpoint", "pause"]
+
+
+def test_a_journal_of_an_older_version_goes_on(scenes: Any) -> None:
+    scene = scenes(HOT)
+    scene.face.decide(alert())
+    scene.done()
+    for table, column in (("firings", "again"), ("alerts", "action")):
+        scene.face.sidecar.journal._database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+    scene.restart()
+    scene.later(5.1)
     assert scene.done() == ["emergency_checkpoint", "pause"]
 
 

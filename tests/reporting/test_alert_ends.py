@@ -36,8 +36,10 @@ def test_what_trainer_and_prometheus_both_judged_is_one_row(tmp_path: Path) -> N
         for device, at, state in (
             ("0", 100.0, "firing"),
             ("1", 104.0, "firing"),
+            ("2", 110.0, "firing"),  # which Prometheus did not see, and ended long before its next one
             ("0", 160.0, "resolved"),
             ("1", 170.0, "resolved"),
+            ("2", 180.0, "resolved"),
         )
     ]
     journal = Journal(tmp_path / "journal.sqlite")
@@ -61,5 +63,6 @@ def test_what_trainer_and_prometheus_both_judged_is_one_row(tmp_path: Path) -> N
         (100.0, 161.0, "HighGPUTemperature (device 0)", "trainer, Prometheus"),
         (104.0, 171.0, "HighGPUTemperature (device 1)", "trainer, Prometheus"),
         (105.0, None, "HighMemory", "Prometheus"),
+        (110.0, 180.0, "HighGPUTemperature (device 2)", "trainer"),
         (3700.0, None, "HighGPUTemperature", "Prometheus"),
     ]
