@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import torch
 
 from obsinfra.monitoring.cgroup import memory_limits
 from obsinfra.optimization.delivered_batches import batch_bytes
+from obsinfra.optimization.micro_batching import batch_tensors
 
 HANDOVER_FLOOR_SECONDS = 1e-4
 """Handing a batch over from another process takes about as long: faster data sets need no worker."""
@@ -253,7 +254,7 @@ def _prefetch(seconds: list[float], usual: float) -> int:
 
 def _pinning_pays(batch: Any, device: torch.device) -> tuple[bool, str]:
     """Whether copies to the device are faster from page-locked memory, by at least a twentieth."""
-    tensors = [tensor for tensor in _tensors(batch) if tensor.numel()]
+    tensors = [tensor for tensor in batch_tensors(batch) if tensor.numel()]
     if not tensors:
         return False, "; nothing to pin"
     pinned = [tensor.pin_memory() for tensor in tensors]
@@ -273,17 +274,6 @@ def _pinning_pays(batch: Any, device: torch.device) -> tuple[bool, str]:
     plain, locked = seconds(tensors), seconds(pinned)
     pays = locked < 0.95 * plain
     return pays, f"; a copy to {device} takes {_ms(plain)}, from pinned memory {_ms(locked)}"
-
-
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _tensors(value)
 
 
 def headroom_bytes(max_percent: float, root: Path = Path("/")) -> int:

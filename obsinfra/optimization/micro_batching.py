@@ -160,7 +160,7 @@ def rows_of(batch: Any) -> int | None:
 
     None when there is no tensor with a dimension, or they disagree: then nobody can tell what a row is.
     """
-    sizes = {len(tensor) for tensor in _tensors(batch)}
+    sizes = {len(tensor) for tensor in batch_tensors(batch) if tensor.dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -175,16 +175,16 @@ def pieces(batch: Any, rows: int, limit: int) -> Iterator[tuple[Any, int]]:
         yield _cut(batch, rows, first, last), last - first
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def batch_tensors(batch: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested batch."""
     if isinstance(batch, Tensor):
-        if batch.dim():
-            yield batch
+        yield batch
     elif isinstance(batch, dict):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from batch_tensors(value)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _tensors(value)
+            yield from batch_tensors(value)
 
 
 def _cut(batch: Any, rows: int, first: int, last: int) -> Any:
@@ -195,7 +195,7 @@ def _cut(batch: Any, rows: int, first: int, last: int) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_cut(value, rows, first, last) for value in batch))
     if isinstance(batch, (list, tuple)):
-        if len(batch) == rows and not any(True for _ in _tensors(batch)):
+        if len(batch) == rows and not any(tensor.dim() for tensor in batch_tensors(batch)):
             return batch[first:last]
         return type(batch)(_cut(value, rows, first, last) for value in batch)
     return batch
