@@ -307,6 +307,41 @@ def test_a_rank_that_runs_out_of_memory_makes_all_do_the_step_again(tmp_path: Pa
     assert all(len(rank["seen"]) > len(plain[0]["seen"]) + 2 for rank in recovered)
 
 
+def _failing(ranks: Any, output: Path, settings: dict[str, Any], inject: tuple[str | None, ...]) -> Any:
+    """With the losses that this rank has recorded."""
+    losses: list[float] = []
+
+    def listen(run: ObservedRun) -> None:
+        record = run.record
+
+        def noted(**values: Any) -> None:
+            losses.append(float(values["loss"]))
+            record(**values)
+
+        run.record = noted  # type: ignore[method-assign]
+
+    outcome = trained_on(ranks, output, listen, **settings, inject=inject[ranks.rank])
+    return {**outcome, "losses": losses}
+
+
+@pytest.mark.slow
+def test_when_one_of_two_ranks_runs_out_at_once_both_train_as_if_started_with_half_the_rows(
+    tmp_path: Path,
+) -> None:
+    """Bit for bit: the losses of both ranks and the parameters; and neither waits for the other."""
+    settings = {"model_name": "regression", "batch_size": 12, "epochs": 2, "run": "r", "oom_recovery": "on"}
+    halved = in_group(2, _failing, tmp_path / "halved", settings, (None, "oom@0"))
+    small = in_group(2, _failing, tmp_path / "small", {**settings, "micro_batch": 3}, (None, None))
+    for failed, started in zip(halved, small, strict=True):
+        assert isinstance(failed, dict) and isinstance(started, dict), (halved, small)
+        assert failed["losses"] == started["losses"] and len(failed["losses"]) == failed["step"] > 8
+        for name, value in failed["parameters"].items():
+            assert np.array_equal(value, started["parameters"][name]), name
+    # The first step's rows were seen whole, then in two halves; all others in halves.
+    shapes = [[len(rows) for rows in rank["seen"][:5]] for rank in halved]
+    assert shapes == [[6, 3, 3, 3, 3]] * 2
+
+
 LIMITED = """
 import resource, sys
 import torch
