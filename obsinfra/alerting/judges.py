@@ -19,6 +19,7 @@ from obsinfra.catalog.conditions import (
     Forecast,
     Increase,
     Multiple,
+    OverTime,
     Ratio,
     Rise,
     RobustZ,
@@ -63,6 +64,8 @@ def create_judge(alert: Alert) -> Judge:
             return _RatioJudge(alert, metric, over, where)
         case Multiple(metric, of, floor, where):
             return _MultipleJudge(alert, metric, of, floor, where)
+        case OverTime() as condition:
+            return _OverTimeJudge(alert, condition)
         case Increase(metric, window_seconds, where):
             return _IncreaseJudge(alert, metric, window_seconds, where)
         case Rise(metric, window_seconds, where):
@@ -163,12 +166,13 @@ class _IncreaseJudge:
             if history is None:
                 history = self.histories[key] = CounterHistory(self.window_seconds)
             rise = history.add(now, value)
-            yield key, rise, self.alert.crossed(rise)
+            old_enough = self.alert.comparator == ">" or history.reaches_back(now)
+            yield key, rise, old_enough and self.alert.crossed(rise)
         for key in self.histories.keys() - present:
             gone = self.histories[key].absent(now)
             if gone is None:
                 del self.histories[key]
-            else:
+            elif self.alert.comparator == ">":
                 yield key, gone, self.alert.crossed(gone)
 
 
@@ -204,6 +208,11 @@ class CounterHistory:
         window = [point for at, point in self.points if at >= now - self.seconds and point is not None]
         return _risen(window) if window else None
 
+    def reaches_back(self, now: float) -> bool:
+        """Whether the series was there a window ago; after `add`."""
+        at, value = self.points[0]
+        return at <= now - self.seconds and value is not None
+
     def _note(self, now: float, value: float | None) -> None:
         # Of equal readings the first and the last say everything, and most counters stand still.
         if len(self.points) > 1 and self.points[-1][1] == value == self.points[-2][1]:
@@ -236,7 +245,8 @@ class _ShareJudge:
         whole = self._total(series, condition.whole, ())
         if whole is None:
             return
-        part = self._total(series, condition.metric, condition.where) or 0.0
+        counted = self._total(series, condition.metric, condition.where)
+        part = counted or 0.0
         points, parts, window = self._points, self._parts, condition.window_seconds
         if not points or now - points[-1][0] >= window / POINTS:
             points.append((now, whole))
@@ -244,7 +254,7 @@ class _ShareJudge:
         while len(points) > 1 and points[1][0] <= now - window:
             points.popleft()
             parts.popleft()
-        if points[0][0] > now - window or whole <= points[0][1]:
+        if counted is None or points[0][0] > now - window or whole <= points[0][1]:
             return
         share = (part - parts[0]) / (whole - points[0][1])
         yield (), share, self._alert.crossed(share)
@@ -285,6 +295,51 @@ class _Windows:
             yield key, value, points
         for key in [k for k, points in self._points.items() if points[-1][0] <= now - self._seconds]:
             del self._points[key]  # nothing of it is left within the window
+
+
+class _OverTimeJudge:
+    """Average, highest or lowest value within the window, of series that are present."""
+
+    def __init__(self, alert: Alert, condition: OverTime) -> None:
+        self._alert, self._condition = alert, condition
+        self._windows = _Windows(condition.metric, condition.where, condition.window_seconds)
+        self._extremes: dict[LabelKey, Points] = {}
+
+    def judge(self, now: float, series: Series) -> Iterator[Judged]:
+        condition = self._condition
+        start = now - condition.window_seconds
+        if condition.which == "average":
+            for key, value, points in self._windows.take(now, series):
+                within = [reading for at, reading in points if at > start]
+                if points[-1][0] != now:
+                    within.append(value)  # the present counts, also where it is not kept
+                average = sum(within) / len(within)
+                yield key, average, self._alert.crossed(average)
+            return
+        for key, _, value in _present(series, condition.metric, condition.where):
+            extreme = self._extreme(self._extremes.setdefault(key, deque()), now, start, value)
+            yield key, extreme, self._alert.crossed(extreme)
+        for key in [key for key, points in self._extremes.items() if points[-1][0] <= start]:
+            del self._extremes[key]
+
+    def _extreme(self, points: Points, now: float, start: float, value: float) -> float:
+        """The highest, or lowest, value after `start`, `value` being that of now.
+
+        `points` holds those that none after them outdoes, the present one last; so no short peak is missed.
+        Where they come closer than a window / `POINTS`, a lesser one is remembered no longer than that.
+        """
+        sign = 1.0 if self._condition.which == "highest" else -1.0
+        number = not math.isnan(value)
+        if not number:
+            value = -sign * math.inf  # as PromQL, which passes over it unless there is nothing else
+        while points and sign * points[-1][1] <= sign * value:
+            points.pop()
+        if len(points) > 1 and now - points[-2][0] < self._condition.window_seconds / POINTS:
+            points.pop()
+        points.append((now, value))
+        while points[0][0] <= start:
+            points.popleft()
+        return points[0][1] if number or len(points) > 1 else math.nan
 
 
 class _TrendJudge:

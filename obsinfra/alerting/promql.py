@@ -5,6 +5,7 @@ Called by the generator of the rules. Knows nothing of files or of what an alert
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from obsinfra.alerting.wording import plain_number
@@ -17,6 +18,7 @@ from obsinfra.catalog.conditions import (
     Forecast,
     Increase,
     Multiple,
+    OverTime,
     Ratio,
     Rise,
     RobustZ,
@@ -47,14 +49,19 @@ def duration(seconds: float) -> str:
 
 
 def selector(metric: Metric, where: Where = ()) -> str:
-    """The series meant, as `name{label=~"a|b"}`. The values are our own words: none needs escaping."""
+    """The series meant, as `name{label=~"a|b"}`. Values hold nothing that a string of PromQL escapes."""
     if not where:
         return metric.sample_name
     matchers = (
-        f'{name}="{values[0]}"' if len(values) == 1 else f'{name}=~"{"|".join(values)}"'
+        f'{name}="{values[0]}"' if len(values) == 1 else f'{name}=~"{"|".join(map(_literal, values))}"'
         for name, values in where
     )
     return f"{metric.sample_name}{{{', '.join(matchers)}}}"
+
+
+def _literal(value: str) -> str:
+    """A regular expression that matches this value alone."""
+    return re.sub(r"[.+*?()|\[\]{}^$]", r"[\g<0>]", value)
 
 
 def recordings(condition: Condition) -> tuple[Recording, ...]:
@@ -121,8 +128,14 @@ def _condition(alert: Alert, limit: float) -> str:
     match alert.condition:
         case Value(metric, where):
             return f"{selector(metric, where)} {beyond}"
+        case OverTime(metric, which, window_seconds, where):
+            series = selector(metric, where)
+            return f"{_OVER_TIME[which]}({series}[{duration(window_seconds)}]) {beyond}\nand {series}"
         case Increase(metric, window_seconds, where):
-            return _increase(selector(metric, where), duration(window_seconds), beyond)
+            series, window = selector(metric, where), duration(window_seconds)
+            if alert.comparator == ">":
+                return _increase(series, window, beyond)
+            return _increase_below(series, window, plain_number(limit))
         case Rise(metric, window_seconds, where):
             series = selector(metric, where)
             return f"{series} - min_over_time({series}[{duration(window_seconds)}]) {beyond}"
@@ -160,6 +173,9 @@ def _condition(alert: Alert, limit: float) -> str:
             return "vector(1)"
 
 
+_OVER_TIME = {"average": "avg_over_time", "highest": "max_over_time", "lowest": "min_over_time"}
+
+
 def _since(series: str, seconds: float, aggregated: str = "") -> str:
     """The guard that the series is as old as what is said of it, so that a start is no trend."""
     return (
@@ -184,3 +200,15 @@ def _increase(series: str, window: str, beyond: str) -> str:
         f"({series} unless {series} >= {series} offset {window})",
     )
     return "\nor ".join(f"{way} {beyond}" for way in ways)
+
+
+def _increase_below(series: str, window: str, limit: str) -> str:
+    """None of the three ways is as much as the limit, and the series is there now and was a window ago.
+
+    Younger counters have had no time to rise; one that is gone is missed by other alerts.
+    """
+    return (
+        f"({series} - {series} offset {window}) < {limit}\n"
+        f"unless increase({series}[{window}]) >= {limit}\n"
+        f"unless ({series} unless {series} >= {series} offset {window}) >= {limit}"
+    )

@@ -25,6 +25,7 @@ from obsinfra.catalog.conditions import (
     Forecast,
     Increase,
     Multiple,
+    OverTime,
     Ratio,
     Rise,
     RobustZ,
@@ -121,19 +122,20 @@ def scenes_of(alert: Alert) -> list[Scene]:
         case Value(metric):
             return [_crossing(alert, _series(alert, metric), hold)]
         case Ratio(metric, over):
-            scene = _crossing(alert, _series(alert, metric), hold, 1000.0)
-            return [_beside(scene, {_series(alert, over): [1000.0]})]
+            # A power of two, so that the quotient is the limit and no neighbour of it.
+            scene = _crossing(alert, _series(alert, metric), hold, 1024.0)
+            return [_beside(scene, {_series(alert, over): [1024.0]})]
         case Multiple(metric, of, floor):
-            return [
-                _beside(
-                    _crossing(alert, _series(alert, metric), hold, max(unit, floor / alert.limit), what),
-                    {_series(alert, of): [unit]},
-                )
-                for what, unit in (
-                    ("against the multiple", 2 * floor / alert.limit),
-                    ("against the floor", floor / alert.limit / 8),
-                )
-            ]
+            series = _series(alert, metric)
+            unit = 2 * floor / alert.limit or 1.0
+            multiple = _crossing(alert, series, hold, unit, "against the multiple")
+            scenes = [_beside(multiple, {_series(alert, of): [unit]})]
+            if floor:
+                least = _crossing(alert, series, hold, what="against the floor", limit=floor)
+                scenes.append(_beside(least, {_series(alert, of): [floor / alert.limit / 8]}))
+            return scenes
+        case OverTime(metric):
+            return [_over_time_scene(alert, _series(alert, metric), hold, window)]
         case AgainstPeers(metric):
             mine = _crossing(alert, _series(alert, metric), hold)
             labels = series_labels(alert)
@@ -142,6 +144,8 @@ def scenes_of(alert: Alert) -> list[Scene]:
             }
             return [_beside(mine, peers)]
         case Increase(metric):
+            if alert.comparator == "<":
+                return _increase_below_scenes(alert, _series(alert, metric), hold, window)
             return _increase_scenes(alert, _series(alert, metric), hold, window)
         case Rise(metric):
             return _rise_scenes(alert, _series(alert, metric), hold, window)
@@ -164,7 +168,14 @@ def scenes_of(alert: Alert) -> list[Scene]:
 # ---- scenes ----------------------------------------------------------------------------------------------
 
 
-def _crossing(alert: Alert, series: str, hold: int, unit: float = 1.0, what: str = "its value") -> Scene:
+def _crossing(
+    alert: Alert,
+    series: str,
+    hold: int,
+    unit: float = 1.0,
+    what: str = "its value",
+    limit: float | None = None,
+) -> Scene:
     """At the limit, beyond it until after it fires, at it, beyond it for one evaluation too few, at it.
 
     Where the alert clears elsewhere: before the second crossing it goes on between the two, ends where it
@@ -172,10 +183,11 @@ def _crossing(alert: Alert, series: str, hold: int, unit: float = 1.0, what: str
 
     Args:
         unit: the value of the series at which the condition's number is 1.
+        limit: the value of the series at which it crosses, where that is not the alert's limit.
     """
-    limit, clear = alert.limit * unit, alert.clear_limit * unit
-    step = max(1.0, abs(limit)) * 0.05
-    beyond = limit + (step if alert.comparator == ">" else -step)
+    clear = alert.clear_limit * unit if limit is None else limit
+    limit = alert.limit * unit if limit is None else limit
+    beyond = limit + _beyond(alert) * max(1.0, abs(limit)) * 0.05
     over = QUIET + hold + HELD_ON
     spans: list[tuple[float | None, int]] = [(limit, QUIET), (beyond, over - QUIET)]
     states: dict[int, str | None] = {QUIET - 1: None, QUIET + hold: "firing", over - 1: "firing"}
@@ -193,6 +205,60 @@ def _crossing(alert: Alert, series: str, hold: int, unit: float = 1.0, what: str
         states |= {QUIET: "pending", QUIET + hold - 1: "pending"}
         states |= {again: "pending", again + hold - 1: "pending", again + hold: None}
     return Scene(what, {series: _spans(*spans)}, states)
+
+
+def _beyond(alert: Alert) -> float:
+    """The sign of the side on which the alert fires."""
+    return 1.0 if alert.comparator == ">" else -1.0
+
+
+def _over_time_scene(alert: Alert, series: str, hold: int, window: int) -> Scene:
+    """Off the limit, beyond it for more than the window, off it again.
+
+    What the first value beyond decides fires at once and lasts a window; what the first value off it decides
+    is the other way round; an average is in between.
+    """
+    limit, step = alert.limit, _beyond(alert) * max(1.0, abs(alert.limit)) * 0.05
+    begin = window + QUIET
+    end = begin + window + hold + 2 * MARGIN
+    values = _spans((limit - step, begin), (limit + step, end - begin), (limit - step, window + QUIET))
+    states: dict[int, str | None] = {begin - 1: None, end - 1: "firing", end + window + MARGIN: None}
+    which = alert.condition.which if isinstance(alert.condition, OverTime) else ""
+    if which == ("highest" if alert.comparator == ">" else "lowest"):
+        states |= {begin: "pending", begin + hold - 1: "pending"} if hold else {}
+        states |= {begin + hold: "firing", end + max(0, window - MARGIN): "firing"}
+    elif which != "average":
+        states |= {end: None}
+        states |= {begin + window - MARGIN: None} if window > MARGIN else {}
+    elif window > 4 * MARGIN:
+        states |= {begin + MARGIN: None, end + MARGIN: "firing"}
+    return Scene("beyond the limit for more than the window", {series: values}, states)
+
+
+def _increase_below_scenes(alert: Alert, series: str, hold: int, window: int) -> list[Scene]:
+    """A counter that stands still, rises and stands still again; one that rises on and on; one restarted."""
+    many = 2.0 * math.ceil(alert.limit) + 1
+    rise = window + hold + QUIET
+    still = _spans((0.0, rise), (many, 2 * window + hold))
+    states: dict[int, str | None] = {
+        window - 1: None,
+        window + hold: "firing",
+        rise - 1: "firing",
+        rise: None,
+    }
+    if hold:
+        states[window] = "pending"
+    if window > MARGIN:
+        states[rise + window - MARGIN] = None
+    if window > MARGIN:
+        states[rise + window + hold + MARGIN] = "firing"
+    busy = _ramp(0.0, many, 2 * window + hold)
+    restarted = _spans((many, window + QUIET), (0.0, window), (many, window))
+    return [
+        Scene("it stands still", {series: still}, states),
+        Scene("it rises on and on", {series: busy}, {window: None, len(busy) - 1: None}),
+        Scene("a rise after a restart", {series: restarted}, {2 * window + QUIET: None}),
+    ]
 
 
 def _increase_scenes(alert: Alert, series: str, hold: int, window: int) -> list[Scene]:
@@ -215,29 +281,39 @@ def _increase_scenes(alert: Alert, series: str, hold: int, window: int) -> list[
 
 def _rise_scenes(alert: Alert, series: str, hold: int, window: int) -> list[Scene]:
     before = 7.0  # what happened before anybody looked is nobody's news
-    at = before + alert.limit
-    values = _spans((before, QUIET), (at, QUIET), (at + 1, 2 * window))
+    if alert.comparator == "<":
+        values = _spans((before, hold + QUIET), (before + 1.1 * alert.limit, 2 * window + hold))
+        risen = hold + QUIET
+        below: dict[int, str | None] = {hold: "firing", risen - 1: "firing", risen: None}
+        below |= {0: "pending"} if hold else {}
+        below |= {risen + window - MARGIN: None} if window > MARGIN else {}
+        below |= {risen + window + hold + MARGIN: "firing"} if window > MARGIN else {}
+        return [Scene("a rise", {series: values}, below)]
+    at = before + 0.9 * alert.limit
+    over = before + 1.1 * alert.limit if alert.limit else before + 1
+    values = _spans((before, QUIET), (at, QUIET), (over, 2 * window))
     begin = 2 * QUIET
     lowest_leaves = window + (QUIET if alert.limit > 0 else begin)
     return [Scene("a rise", {series: values}, _from_when_to_when(begin, lowest_leaves, hold, MARGIN))]
 
 
-def _slope_scenes(alert: Alert, series: str, hold: int, window: int, since: int, per: Pace) -> list[Scene]:
-    base = 1e9
-    steep, flat = 1.3 * alert.limit * per, 0.9 * alert.limit * per
+def _slope_scenes(alert: Alert, series: str, hold: int, window: int, since: int, per: float) -> list[Scene]:
+    off = 0.1 * abs(alert.limit) or 0.1
+    steep = (alert.limit + 3 * _beyond(alert) * off) * per
+    flat = (alert.limit - _beyond(alert) * off) * per
     long = since + window + hold + MARGIN
-    growing = _ramp(base, flat, since) + _ramp(base + flat * since, steep, window + hold + MARGIN)
-    rest = _spans((growing[-1], window + MARGIN))
+    growing = _ramp(0.0, flat, since) + _ramp(flat * since, steep, window + hold + MARGIN)
+    rest = _ramp(flat * since + steep * (window + hold + MARGIN), flat, window + MARGIN)
     return [
-        Scene("growth that is too slow", {series: _ramp(base, flat, long)}, {since: None, long - 1: None}),
+        Scene("growth off the limit", {series: _ramp(0.0, flat, long)}, {since: None, long - 1: None}),
         Scene(
-            "steep growth",
+            "growth beyond the limit",
             {series: growing + rest},
             {since + hold - 1: "quiet", len(growing) - 1: "firing", len(growing) + window + MARGIN - 1: None},
         ),
         Scene(
-            "steep growth from birth",
-            {series: _ramp(base, steep, since + hold + 2 * MARGIN)},
+            "growth beyond the limit from birth",
+            {series: _ramp(0.0, steep, since + hold + 2 * MARGIN)},
             {since - 1: None, since + hold - 1: "quiet", since + hold + MARGIN: "firing"},
         ),
     ]
@@ -246,16 +322,15 @@ def _slope_scenes(alert: Alert, series: str, hold: int, window: int, since: int,
 def _forecast_scenes(alert: Alert, series: str, hold: int, window: int, ahead: float) -> list[Scene]:
     """A straight line whose forecast passes the limit at a known sample."""
     crossing = window + QUIET
-    step = 1e6 if alert.comparator == ">" else -1e6
+    step = _beyond(alert) * max(1e6, abs(alert.limit) * 1e-3)
     start = alert.limit - step * (ahead + crossing)
     line = _ramp(start, step, crossing + hold + HELD_ON)
-    states: dict[int, str | None] = {
-        crossing - 1: None,
-        crossing + hold + MARGIN: "firing",
-        len(line) + window + MARGIN: None,
-    }
+    states: dict[int, str | None] = {crossing - 1: None, crossing + hold + MARGIN: "firing"}
     if hold:
-        states |= {crossing + MARGIN: "pending", crossing + hold - 1: "quiet"}
+        states |= {crossing + hold - 1: "quiet"}
+        states |= {crossing + MARGIN: "pending"} if hold > MARGIN else {}
+    if ahead > len(line) - crossing:  # else it stands beyond the limit in the end
+        states[len(line) + window + MARGIN] = None
     rest = _spans((line[-1], window + 2 * MARGIN))
     young = _ramp(alert.limit, step, window + MARGIN)
     return [
@@ -270,21 +345,27 @@ def _share_scenes(alert: Alert, metric: Metric, whole: Metric, hold: int, window
     own = {name: where[name][0] if name in where else f"some-{name}" for name in metric.labels}
     part = _selected(metric, labels | own)
     rest = _selected(whole, labels | {name: f"other-{name}" for name in whole.labels})
-    less, more = 0.9 * alert.limit, min(1.0, 1.2 * alert.limit)
+    limit, of_itself = alert.limit, metric is whole
+    less = 0.9 * limit
+    more = limit + 0.2 * min(limit, 1 - limit) if 0 < limit < 1 else 1.2 * limit + 0.1 * (limit == 0)
+    off, beyond = (
+        (less, more) if alert.comparator == ">" else (1.0 if limit == 1 and of_itself else more, less)
+    )
     long = window + MARGIN
-    shares = [less] * long + [more] * (window + hold + MARGIN) + [less] * long
-    first = 0.0 if metric is whole else 1.0  # the whole is the sum of its parts, where they are its parts
+    shares = [off] * long + [beyond] * (window + hold + MARGIN) + [off] * long
     counted: Values = []
     others: Values = []
     counter = other = 0.0
     for share in shares:
-        counted.append(round(counter, 6))
-        others.append(round(other, 6))
+        counted.append(round(counter, 9))
+        others.append(round(other, 9))
         counter += share
-        other += 1.0 - share if first == 0.0 else 1.0
+        other += (
+            1.0 - share if of_itself else 1.0
+        )  # the whole is the sum of its parts, where they are its parts
     begin, end = long, long + window + hold + MARGIN
-    young = _ramp(0.0, more, window)
-    young_others = _ramp(0.0, 1.0 - more if first == 0.0 else 1.0, window)
+    young = _ramp(0.0, beyond, window)
+    young_others = _ramp(0.0, 1.0 - beyond if of_itself else 1.0, window)
     return [
         Scene(
             "its share",
@@ -298,9 +379,12 @@ def _share_scenes(alert: Alert, metric: Metric, whole: Metric, hold: int, window
 def _robust_scenes(
     alert: Alert, series: str, sample: str, hold: int, window: int, slack: float
 ) -> list[Scene]:
+    if series == sample:
+        return _robust_of_itself_scenes(alert, series, hold, window, slack)
     noise = (1.8, 2.0, 2.2, 2.1, 1.9)  # quartiles 1.9 and 2.1 around 2.0
     sigma = 0.2 / 1.349 + slack * 2.0
-    calm, spike = 2.0 + 0.85 * alert.limit * sigma, 2.0 + 1.2 * alert.limit * sigma
+    off = max(0.2 * abs(alert.limit), 0.2) * _beyond(alert)
+    calm, spike = 2.0 + (alert.limit - off) * sigma, 2.0 + (alert.limit + off) * sigma
     young = window - 1
     begin = window + QUIET
     end = begin + hold + HELD_ON
@@ -315,24 +399,32 @@ def _robust_scenes(
     ]
 
 
+def _robust_of_itself_scenes(alert: Alert, series: str, hold: int, window: int, slack: float) -> list[Scene]:
+    """A spike in its own window: too short to move median and quartiles, or it is not told apart."""
+    spike = 2.0 + (alert.limit + _beyond(alert)) * 2.0 * slack
+    begin, long = window + QUIET, hold + MARGIN
+    states: dict[int, str | None] = {window - 2: None, begin - 1: None}
+    if 8 * long < window:
+        states |= {begin + hold: "firing", begin + long - 1: "firing", begin + long: None}
+    return [Scene("a spike", {series: _spans((2.0, begin), (spike, long), (2.0, QUIET))}, states)]
+
+
 def _past_scenes(alert: Alert, series: str, hold: int, window: int, recent: int) -> list[Scene]:
     old = recent + window + MARGIN
     jump = recent + hold + MARGIN
-    higher = _spans((1.0, old), (3.0 * alert.limit, jump), (1.0, recent + MARGIN))
-    bearable = _spans((1.0, old), (0.9 * alert.limit, jump))
-    young = _spans((1.0, recent), (3.0 * alert.limit, window - MARGIN))
+    above = alert.comparator == ">"
+    other = 3.0 * alert.limit if above else alert.limit / 3.0
+    bearable_one = max(0.9 * alert.limit, 1.0) if above else min(1.1 * alert.limit, 1.0)
+    changed = _spans((1.0, old), (other, jump), (1.0, recent + MARGIN))
+    bearable = _spans((1.0, old), (bearable_one, jump))
+    young = _spans((1.0, recent), (other, window - MARGIN))
+    states: dict[int, str | None] = {old - 1: None, old + hold - 1: "quiet"}
+    past = 1.0 + (other - 1.0) * (hold + MARGIN + 1) / window  # of which the jump itself becomes a part
+    if hold + MARGIN < window and alert.crossed(other / past * (0.9 if above else 1.1)):
+        states |= {old + jump - 1: "firing", old + jump + recent + MARGIN - 1: None}
     return [
-        Scene(
-            "a jump",
-            {series: higher},
-            {
-                old - 1: None,
-                old + hold - 1: "quiet",
-                old + jump - 1: "firing",
-                old + jump + recent + MARGIN - 1: None,
-            },
-        ),
-        Scene("a bearable rise", {series: bearable}, {old + jump - 1: None}),
+        Scene("a jump", {series: changed}, states),
+        Scene("a bearable change", {series: bearable}, {old + jump - 1: None}),
         Scene("too young to judge", {series: young}, {len(young) - 1: None}),
     ]
 

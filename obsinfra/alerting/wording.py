@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from obsinfra.catalog.alerts import Alert
 from obsinfra.catalog.conditions import Always, Increase, Multiple
 from obsinfra.catalog.metrics import STEP
+from obsinfra.catalog.units import UNITS, quantity_of_metric
 
 
 def plain_number(value: float) -> str:
@@ -58,10 +59,15 @@ def value_template(alert: Alert) -> str:
             return ""
         case Increase(_, window_seconds, _):
             # increase() extrapolates to the edges of the window: one event shows as 1.05.
-            return f'{{{{ $value | printf "%.0f" }}}} within {plain_number(window_seconds)} s'
-        case Multiple():
-            return "{{ $value | humanizeDuration }}"
-    unit = alert.threshold_unit
+            counted = _TEMPLATES.get(alert.threshold_unit, '{{ $value | printf "%.0f" }}')
+            return f"{counted} within {plain_number(window_seconds)} s"
+        case Multiple(metric):  # whose threshold is a factor
+            [unit, *_] = UNITS[quantity_of_metric(metric)]
+            return _value_template("%" if quantity_of_metric(metric) == "ratio" else unit)
+    return _value_template(alert.threshold_unit)
+
+
+def _value_template(unit: str) -> str:
     if unit in _TEMPLATES:
         return _TEMPLATES[unit]
     if unit:
@@ -71,7 +77,11 @@ def value_template(alert: Alert) -> str:
 
 _TEMPLATES = {
     "%": "{{ $value | humanizePercentage }}",
-    "s": "{{ $value | humanizeDuration }}",
-    "GB": "{{ $value | humanize }}B",
-    "MB/h": "{{ $value | humanize }}B/s",
+    **dict.fromkeys(UNITS["seconds"], "{{ $value | humanizeDuration }}"),
+    **dict.fromkeys(UNITS["bytes"], "{{ $value | humanize }}B"),
+    **dict.fromkeys(UNITS["bytes a second"], "{{ $value | humanize }}B/s"),
+    **dict.fromkeys(UNITS["watts"], "{{ $value | humanize }}W"),
+    **dict.fromkeys(UNITS["hertz"], "{{ $value | humanize }}Hz"),
+    **dict.fromkeys(UNITS["change a second"], "{{ $value | humanize }}/s"),
 }
+"""Threshold unit → how a value, which Prometheus has in the base unit, is written."""

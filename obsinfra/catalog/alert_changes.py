@@ -6,27 +6,21 @@ Settings, monitor and generators get the table they work with from here. Knows t
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, get_args
-from urllib.parse import urlsplit
+from typing import Any, cast, get_args
 
 from obsinfra.catalog.actions import ACTIONS
-from obsinfra.catalog.alerts import ALERTS, BY_KEY, Alert, Severity
-from obsinfra.catalog.conditions import Always, clears_apart, window_of, with_window
+from obsinfra.catalog.alerts import ALERTS, BY_KEY, Alert, Scope, Severity
+from obsinfra.catalog.condition_changes import (
+    CONDITION_FIELDS,
+    check_threshold,
+    needs_threshold,
+    with_condition,
+)
+from obsinfra.catalog.conditions import Always, clears_apart, label_names
+from obsinfra.catalog.setting_values import number, one_of, seconds, text, truth, url
 from obsinfra.errors import ConfigError
-
-LONGEST_SECONDS = 366 * 86_400.0
-"""Nobody waits longer; and Prometheus knows no duration of some centuries."""
-
-_LEAST, _MOST = -sys.float_info.max, sys.float_info.max
-
-LONGEST_TEXT = 400
-"""Of a summary or description: what a message has room for."""
-
-_LABEL = re.compile(r"\{\{\s*\$labels\.\w+\s*\}\}")
 
 
 def alert_table(
@@ -36,23 +30,110 @@ def alert_table(
 
     Args:
         thresholds: `[thresholds]`: key → value in that alert's `threshold_unit`.
-        changes: `[alerts.<key>]`: key → field → value, for `CHANGEABLE` fields.
+        changes: `[alerts.<key>]`: key → field → value, for fields in `FIELDS`.
 
     Raises:
-        ConfigError: an unknown key or field, or a value that does not fit; names it, and what would.
+        ConfigError: an unknown key or field, or a value that does not fit, alone or with others; names it,
+            and what would.
     """
     table = dict(BY_KEY)
-    for key, value in (thresholds or {}).items():
-        table[key] = _changed(_row(table, key, "thresholds"), "threshold", value, "[thresholds]")
-    for key, fields in (changes or {}).items():
-        where = f"[alerts.{key}]"
+    thresholds, changes = thresholds or {}, changes or {}
+    for key in thresholds:
+        _check_key(key, "thresholds")
+    for key, fields in changes.items():
         if not isinstance(fields, Mapping):
-            raise ConfigError(f"alerts.{key} = {fields!r}", f"a table {where}", "write it as a table")
-        for field, value in fields.items():
-            table[key] = _changed(_row(table, key, "alerts"), field, value, where)
-        if "clear_threshold" in fields:
-            _check_clears(table[key])
+            raise ConfigError(f"alerts.{key} = {fields!r}", f"a table [alerts.{key}]", "write it as a table")
+        _check_key(key, "alerts")
+        for field in fields:
+            _check_field(field, f"[alerts.{key}]")
+    for key in {**thresholds, **changes}:
+        table[key] = _changed(table[key], key in thresholds, thresholds.get(key), changes.get(key, {}))
     return tuple(alert for alert in table.values() if alert.enabled)
+
+
+def _changed(alert: Alert, has_threshold: bool, threshold: Any, fields: Mapping[str, Any]) -> Alert:
+    """One row as the user wants it: first what is looked at, then what is held against it."""
+    own, where = alert, f"[alerts.{alert.key}]"
+    alert = with_condition(alert, {field: fields[field] for field in CONDITION_FIELDS if field in fields})
+    if needs_threshold(own, alert) and not has_threshold and "threshold" not in fields:
+        unit = f" in {alert.threshold_unit}" if alert.threshold_unit else ""
+        raise ConfigError(
+            f"alert {alert.key} looks at another number, and the threshold is the table's, {own.threshold:g}",
+            f"a threshold{unit} for it",
+            f"add threshold under {where}",
+        )
+    if has_threshold:
+        name = f"threshold {alert.key}"
+        alert = _with(alert, "threshold", threshold, name, "[thresholds]")
+        if "threshold" not in fields:
+            check_threshold(alert, name)
+    for field in CHANGEABLE:
+        if field in fields:
+            alert = _with(alert, field, fields[field], f"alert {alert.key}.{field}", where)
+    if "threshold" in fields or any(field in fields for field in CONDITION_FIELDS):
+        check_threshold(alert, f"alert {alert.key}.threshold")
+    if "clear_threshold" in fields:
+        _check_clears(alert)
+    _check_scope(alert, fields)
+    return alert
+
+
+def _with(alert: Alert, field: str, value: Any, name: str, where: str) -> Alert:
+    try:
+        return CHANGEABLE[field](alert, value)
+    except ValueError as error:
+        raise ConfigError(f"{name} = {value}", str(error), f"correct it under {where}") from None
+
+
+def _check_key(key: str, where: str) -> None:
+    if key not in BY_KEY:
+        what = "threshold" if where == "thresholds" else "alert"
+        raise ConfigError(
+            f"unknown {what} {key!r}", f"one of {', '.join(BY_KEY)}", f"correct it under [{where}]"
+        )
+
+
+def _check_field(field: str, where: str) -> None:
+    if field not in FIELDS:
+        raise ConfigError(
+            f"unknown field {field!r} under {where}",
+            f"one of {', '.join(FIELDS)}",
+            f"correct it under {where}",
+        )
+
+
+def scopes_of(alert: Alert) -> tuple[Scope, ...]:
+    """What one firing can speak of, by the labels that its series have.
+
+    The sidecar gives an alert with a label `run` to that run, and one about a host that has none to every
+    run on it; so nothing else may claim to be about runs, nor anything about a run to be about none.
+    """
+    names = label_names(alert.condition)
+    if "run" not in names:
+        return ("host", "stack") if "host" in names else ("stack",)
+    found: list[Scope] = ["run"]
+    if "rank" in names:
+        found += ["rank", "host"]  # whose host is known
+    if "device" in names:
+        found.append("device")
+    return tuple(found)
+
+
+def _check_scope(alert: Alert, fields: Mapping[str, Any]) -> None:
+    allowed = scopes_of(alert)
+    if alert.scope not in allowed and ("scope" in fields or "metric" in fields or "aggregation" in fields):
+        has = ", ".join(label_names(alert.condition)) or "none"
+        raise ConfigError(
+            f"alert {alert.key}.scope = {alert.scope}",
+            f"one of {', '.join(allowed)}, as its series have the labels {has}",
+            f"set scope under [alerts.{alert.key}]",
+        )
+    if alert.scope == "stack" and alert.action is not None and fields:
+        raise ConfigError(
+            f"alert {alert.key}.action = {alert.action.name} with scope stack",
+            "none: this alert speaks of no run that could be told to do something",
+            f"set action under [alerts.{alert.key}]",
+        )
 
 
 def _check_clears(alert: Alert) -> None:
@@ -69,50 +150,13 @@ def _check_clears(alert: Alert) -> None:
         )
 
 
-def _row(table: Mapping[str, Alert], key: str, where: str) -> Alert:
-    if key not in table:
-        what = "threshold" if where == "thresholds" else "alert"
-        raise ConfigError(
-            f"unknown {what} {key!r}", f"one of {', '.join(BY_KEY)}", f"correct it under [{where}]"
-        )
-    return table[key]
-
-
-def _changed(alert: Alert, field: str, value: Any, where: str) -> Alert:
-    if field not in CHANGEABLE:
-        raise ConfigError(
-            f"unknown field {field!r} under {where}",
-            f"one of {', '.join(CHANGEABLE)}",
-            f"correct it under {where}",
-        )
-    try:
-        return CHANGEABLE[field](alert, value)
-    except ValueError as error:
-        name = f"{alert.key}" if where == "[thresholds]" else f"{alert.key}.{field}"
-        what = "threshold" if where == "[thresholds]" else "alert"
-        raise ConfigError(f"{what} {name} = {value}", str(error), f"correct it under {where}") from None
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not _LEAST <= value <= _MOST:
-        raise ValueError("a finite number")
-    return float(value)
-
-
-def _seconds(value: Any, least: float) -> float:
-    try:
-        seconds = _number(value)
-    except ValueError:
-        seconds = math.inf
-    if not least <= seconds <= LONGEST_SECONDS:
-        raise ValueError(f"a number from {least:g} to {LONGEST_SECONDS:g}")
-    return seconds
-
-
 def _with_threshold(alert: Alert, value: Any) -> Alert:
     if isinstance(alert.condition, Always):
         raise ValueError("no threshold here: this alert always fires")
-    return replace(alert, threshold=_number(value))
+    threshold = number(value)
+    if not math.isfinite(threshold * alert.scale):
+        raise ValueError("a finite number")
+    return replace(alert, threshold=threshold)
 
 
 def _with_clear_threshold(alert: Alert, value: Any) -> Alert:
@@ -122,24 +166,11 @@ def _with_clear_threshold(alert: Alert, value: Any) -> Alert:
             "no clearing threshold here: this alert looks at a window of time or at a number that moves; "
             f"with one: {keys}"
         )
-    return replace(alert, clear_threshold=_number(value))
-
-
-def _one_of(value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"one of {', '.join(allowed)}")
-    return value
-
-
-def _with_window(alert: Alert, value: Any) -> Alert:
-    if not window_of(alert.condition):
-        keys = ", ".join(alert.key for alert in ALERTS if window_of(alert.condition))
-        raise ValueError(f"no window here: this alert looks at the present; with a window: {keys}")
-    return replace(alert, condition=with_window(alert.condition, _seconds(value, 1.0)))
+    return replace(alert, clear_threshold=number(value))
 
 
 def _with_action(alert: Alert, value: Any) -> Alert:
-    name = _one_of(value, ("none", *ACTIONS))
+    name = one_of(value, ("none", *ACTIONS))
     if name != "none" and alert.scope == "stack":
         raise ValueError("none: this alert speaks of no run that could be told to do something")
     if name != "none" and (problem := ACTIONS[name].problem({})) is not None:
@@ -149,41 +180,28 @@ def _with_action(alert: Alert, value: Any) -> Alert:
     return replace(alert, action=None if name == "none" else ACTIONS[name])
 
 
-def _text(value: Any) -> str:
-    plain = _LABEL.sub("", value) if isinstance(value, str) else ""
-    if not plain.strip() or len(value) > LONGEST_TEXT or not plain.isprintable() or "{{" in plain:
-        raise ValueError(
-            f"text on one line of 1 to {LONGEST_TEXT} characters, with no template but {{{{ $labels.run }}}}"
-        )
-    return str(value)
+def _scope(alert: Alert, value: Any) -> Alert:
+    return replace(alert, scope=cast(Scope, one_of(value, get_args(Scope))))
 
 
-def _url(value: Any) -> str:
-    try:
-        parts = urlsplit(value if isinstance(value, str) else "")
-    except ValueError:
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s{}<>\"|\\^`]", value):
-        raise ValueError("an http or https URL, as https://wiki.example.org/slow-step")
-    return str(value)
-
-
-def _enabled(alert: Alert, value: Any) -> Alert:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return replace(alert, enabled=value)
+def _severity(alert: Alert, value: Any) -> Alert:
+    return replace(alert, severity=cast(Severity, one_of(value, get_args(Severity))))
 
 
 CHANGEABLE: dict[str, Callable[[Alert, Any], Alert]] = {
     "threshold": _with_threshold,
     "clear_threshold": _with_clear_threshold,
-    "for_seconds": lambda alert, value: replace(alert, for_seconds=_seconds(value, 0.0)),
-    "window_seconds": _with_window,
-    "severity": lambda alert, value: replace(alert, severity=_one_of(value, get_args(Severity))),
+    "for_seconds": lambda alert, value: replace(alert, for_seconds=seconds(value, 0.0)),
+    "severity": _severity,
+    "scope": _scope,
     "action": _with_action,
-    "summary": lambda alert, value: replace(alert, summary=_text(value)),
-    "description": lambda alert, value: replace(alert, description=_text(value)),
-    "runbook_url": lambda alert, value: replace(alert, runbook_url=_url(value)),
-    "enabled": _enabled,
+    "summary": lambda alert, value: replace(alert, summary=text(value)),
+    "description": lambda alert, value: replace(alert, description=text(value)),
+    "runbook_url": lambda alert, value: replace(alert, runbook_url=url(value)),
+    "enabled": lambda alert, value: replace(alert, enabled=truth(value)),
 }
-"""Fields a user may set under `[alerts.<key>]`, and what setting one does."""
+"""Fields a user may set under `[alerts.<key>]` besides the condition's, and what setting one does, in the
+order in which they are set."""
+
+FIELDS = (*CONDITION_FIELDS, *CHANGEABLE)
+"""All that a user may set under `[alerts.<key>]`."""

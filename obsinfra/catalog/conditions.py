@@ -8,6 +8,7 @@ condition says which number is looked at, the alert what it is compared with.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from obsinfra.catalog.metrics import RUN_LABELS, Metric
 
@@ -24,8 +25,21 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class OverTime:
+    """Average, highest or lowest of the metric's values within the window, as long as it has one now."""
+
+    metric: Metric
+    which: Literal["average", "highest", "lowest"]
+    window_seconds: float
+    where: Where = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Increase:
-    """How far a counter rose within the window; a restart counts from zero, a first sight counts in full."""
+    """How far a counter rose within the window; a restart counts from zero, a first sight counts in full.
+
+    Held against a lower bound, it is judged once the counter is as old as the window.
+    """
 
     metric: Metric
     window_seconds: float
@@ -152,6 +166,7 @@ class Always:
 
 Condition = (
     Value
+    | OverTime
     | Increase
     | Rise
     | Slope
@@ -216,7 +231,7 @@ def label_names(condition: Condition) -> tuple[str, ...]:
     metric = metric_of(condition)
     if metric is None:
         return ()
-    return RUN_LABELS if isinstance(condition, (Share, AgainstPeers)) else metric.label_names
+    return RUN_LABELS if isinstance(condition, Share) else metric.label_names
 
 
 def in_process(condition: Condition) -> bool:

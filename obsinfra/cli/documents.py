@@ -12,8 +12,9 @@ from rich.console import Console
 
 from obsinfra.alerting.promql import expression
 from obsinfra.alerting.wording import plain_number, summary_template, threshold_text, until_text
-from obsinfra.catalog.alert_changes import CHANGEABLE
+from obsinfra.catalog.alert_changes import FIELDS
 from obsinfra.catalog.alerts import ALERTS
+from obsinfra.catalog.condition_changes import AGGREGATIONS
 from obsinfra.catalog.conditions import window_of
 from obsinfra.catalog.metrics import (
     METRICS,
@@ -24,6 +25,7 @@ from obsinfra.catalog.metrics import (
     SERIES_PER_DEVICE,
     SERIES_PER_RANK,
 )
+from obsinfra.catalog.units import UNITS
 from obsinfra.cli.actions_page import render_actions_page
 from obsinfra.cli.generated import check_generated, write_generated
 
@@ -94,7 +96,7 @@ def render_alerts_page() -> str:
         "[thresholds]",
         "gpu_temperature = 80          # the key below, in the unit below",
         "",
-        "# any of: " + ", ".join(CHANGEABLE),
+        "# any of: " + ", ".join(FIELDS),
         "[alerts.data_share]",
         "window_seconds = 600",
         'action = "checkpoint"         # or "none"',
@@ -105,6 +107,14 @@ def render_alerts_page() -> str:
         "",
         "[alerts.gpu_idle]",
         "enabled = false",
+        "",
+        "[alerts.gpu_utilization]      # another condition: the next section",
+        'metric = "obsinfra_gpu_power_watts"',
+        'aggregation = "average"',
+        'comparator = "<"',
+        "window_seconds = 300",
+        "threshold = 0.2",
+        'threshold_unit = "kW"',
         "```",
         "",
         "Then `obsinfra rules write` writes Prometheus's rules; `obsinfra up` and `obsinfra train` read the "
@@ -112,9 +122,12 @@ def render_alerts_page() -> str:
         "summary may name `{threshold}`; summary and description may name labels, as `{{ $labels.run }}`. "
         "Without `clear_threshold` an alert ends at its threshold; where the table has one, it gives way to "
         "a threshold set beyond it. Alerts over a window take none, nor do those held against a number that "
-        "moves. "
-        "Another metric or expression is a rule of your own: a file beside the generated one in "
-        "`prometheus/rules/`.",
+        "moves. An alert of another name or expression is a rule of your own: a file beside the generated "
+        "one in `prometheus/rules/`, to which the sidecar's policy and the routes to people apply as well.",
+        "",
+        *_condition_section(),
+        "",
+        "## The table",
         "",
         "| alert | key | fires when | for | severity | scope | action | alone |",
         "|---|---|---|---|---|---|---|---|",
@@ -135,6 +148,53 @@ def render_alerts_page() -> str:
     for alert in ALERTS:
         lines += [f"**{alert.name}** – {alert.description}", "", "```promql", expression(alert), "```", ""]
     return "\n".join(lines)
+
+
+def _condition_section() -> list[str]:
+    """How to have an alert look at something else."""
+    rows = [
+        f"| `{name}` | {row.kind} | {row.meaning} | "
+        + ", ".join([*(f"`{field}`" for field in row.needs), *(f"[`{field}`]" for field in row.optional)])
+        + " |"
+        for name, row in AGGREGATIONS.items()
+    ]
+    units = "; ".join(
+        f"{quantity}: {', '.join(f'`{unit}`' if unit else 'none' for unit in of)}"
+        for quantity, of in UNITS.items()
+    )
+    return [
+        "## What an alert looks at",
+        "",
+        "Each alert holds one number, made of a `metric` (of [metrics.md](metrics.md), or of the stack's own "
+        "that alerts below look at) by an `aggregation`, with a `comparator` (`>` or `<`) against its "
+        "threshold. Each of them can be set; what is not set stays as the table has it. An aggregation of "
+        "another kind needs the fields that the last column names (those in brackets may be left out):",
+        "",
+        "| aggregation | of a | the number | needs |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        '- `where` picks series by their labels, as `where = { reason = ["hw_slowdown"] }`; with another '
+        "metric the table's is dropped. Of `up`, `where = { job = … }` says whose.",
+        "- `threshold_unit` is one that the number can be in, and is the base unit when the number becomes "
+        f"one of another kind ({units}). A number of another kind also needs a `threshold` of its own.",
+        "- `scope` says what one firing speaks of, and must be one that the labels of the series tell. An "
+        "alert about a series that has a label `run` goes to that run, whatever its scope; one about a host "
+        'that has none (HostDown with `scope = "host"`) to every live run on that host. Scope `stack` speaks '
+        "of no run and takes no action.",
+        "- Without a `summary` and `description` of yours, people read what is looked at instead of the "
+        "table's sentences, which would no longer be true. The runbook stays, unless `runbook_url` is set; a "
+        "clearing threshold of the table goes.",
+        "- An alert about metrics of the sidecar or the stack, or of `against_peers`, is judged by "
+        "Prometheus alone; every other one by a trainer without it too, with the same outcome.",
+        "- `increase` with `<` holds once the counter is as old as the window, so that a start is no "
+        "standstill. `average`, `highest` and `lowest` take a younger series for what there is of it, and "
+        "end with it.",
+        "",
+        "What does not fit together is refused with exit code 2 and what would fit. `obsinfra rules diff` "
+        "shows what a change makes of the rules, and `obsinfra rules test` plays series to the changed alert "
+        "as well.",
+    ]
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -326,8 +326,8 @@ class Settings(BaseModel):
     )
     alerts: dict[str, dict[str, Any]] = _setting(
         {},
-        "More of an alert, e.g. [alerts.gpu_idle] enabled = false; also threshold, for_seconds, "
-        "window_seconds, severity, action, summary, description and runbook_url.",
+        "More of an alert, e.g. [alerts.gpu_idle] enabled = false; every value of it can be set, what it "
+        "looks at included: see docs/alerts.md.",
         group="Observation",
     )
     notify: Notify = _setting(
@@ -354,18 +354,12 @@ class Settings(BaseModel):
         group="The stack",
     )
 
-    @field_validator("thresholds")
-    @classmethod
-    def _known_thresholds(cls, value: dict[str, float]) -> dict[str, float]:
-        alert_table(value)
-        return value
-
     @field_validator("alerts")
     @classmethod
     def _known_alerts(
         cls, value: dict[str, dict[str, Any]], info: ValidationInfo
     ) -> dict[str, dict[str, Any]]:
-        alert_table(info.data.get("thresholds"), value)  # which a clearing threshold is held against
+        alert_table(info.data.get("thresholds"), value)  # what fits depends on both
         return value
 
     @field_validator("policy")

@@ -26,6 +26,7 @@ from typing import Any
 from obsinfra.alerting.evaluator import AlertEvaluator, AlertStatus
 from obsinfra.catalog import metrics as catalog
 from obsinfra.catalog.alert_changes import CHANGEABLE, alert_table
+from obsinfra.catalog.conditions import Value
 from obsinfra.errors import ConfigError
 from obsinfra.monitoring.exporter import MetricsServer
 from obsinfra.monitoring.exposition import HistogramSample, SampleCollector
@@ -678,7 +679,9 @@ class TrainingMonitor:
         limits = [
             alert.limit
             for alert in self._evaluator.alerts
-            if alert.metric is catalog.GRADIENT_NORM_PEAK and not alert.for_seconds
+            if alert.condition == Value(catalog.GRADIENT_NORM_PEAK)
+            and alert.comparator == ">"
+            and not alert.for_seconds
         ]
         self.recorder.alarm_norm = min(limits, default=math.inf)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from other_conditions import OTHER_CONDITIONS, Change, random_changes
 
 from obsinfra.alerting.evaluator import AlertEvaluator
 from obsinfra.alerting.judges import POINTS, CounterHistory, create_judge
@@ -17,9 +20,13 @@ from obsinfra.alerting.rule_tests import Scene, pace_of, scenes_of
 from obsinfra.catalog import metrics
 from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.alerts import ALERTS, BY_NAME, Alert
+from obsinfra.catalog.conditions import OverTime
 
 ALONE = [alert for alert in ALERTS if alert.in_process]
-PLAYED = [(alert, scene) for alert in ALONE for scene in scenes_of(alert)]
+CHANGED = [
+    alert for alert in alert_table({}, OTHER_CONDITIONS) if alert.key in OTHER_CONDITIONS and alert.in_process
+]
+PLAYED = [(alert, scene) for alert in (*ALONE, *CHANGED) for scene in scenes_of(alert)]
 
 Reading = tuple[str, Mapping[str, str], float]
 
@@ -40,6 +47,21 @@ def read_at(scene: Scene, sample: int) -> list[Reading]:
 
 @pytest.mark.parametrize(("alert", "scene"), PLAYED, ids=[f"{a.name}-{s.what}" for a, s in PLAYED])
 def test_the_evaluator_passes_prometheus_own_tests(alert: Alert, scene: Scene) -> None:
+    play(alert, scene)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(change=random_changes())
+def test_the_evaluator_passes_them_for_whatever_alert_the_settings_take(change: tuple[str, Change]) -> None:
+    key, fields = change
+    [alert] = [row for row in alert_table({}, {key: fields}) if row.key == key]
+    if alert.in_process:
+        for scene in scenes_of(alert):
+            play(alert, scene)
+
+
+def play(alert: Alert, scene: Scene) -> None:
+    """Hold what the evaluator says at each sample against what the scene expects."""
     sample, said = 0, {}
     evaluator = AlertEvaluator(
         [alert], lambda: read_at(scene, sample), clock=lambda: 1e9 + sample * pace_of(alert)
@@ -77,6 +99,38 @@ def test_trends_keep_a_bounded_history() -> None:
     assert len(points) <= POINTS + 2
     [(_, slope, crossed)] = found
     assert slope == pytest.approx(1e6) and crossed
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.floats(-5, 5) | st.just(math.nan)), max_size=80),
+    st.sampled_from(["highest", "lowest"]),
+)
+def test_the_extreme_of_a_window_is_that_of_all_its_readings(
+    readings: list[tuple[int, float]], which: Any
+) -> None:
+    """As long as they do not come closer than a window / POINTS, however many there are."""
+    judge = create_judge(replace(BY_NAME["HighCPU"], condition=OverTime(metrics.HOST_CPU_RATIO, which, 60.0)))
+    now, every = 0.0, []
+    for seconds, value in readings:
+        now += seconds
+        every.append((now, value))
+        within = [v for at, v in every if at > now - 60.0 and not math.isnan(v)]
+        [(_, found, _)] = judge.judge(now, {"obsinfra_host_cpu_ratio": [((), {}, value)]})
+        extreme = max if which == "highest" else min
+        assert found == extreme(within) if within else math.isnan(found)
+
+
+def test_the_extreme_of_a_long_window_is_kept_in_few_points() -> None:
+    """A falling series read each second: each reading may be the highest once those before it are gone."""
+    judge = create_judge(
+        replace(BY_NAME["HighCPU"], condition=OverTime(metrics.HOST_CPU_RATIO, "highest", 86_400.0))
+    )
+    for second in range(100_000):
+        [(_, found, _)] = judge.judge(second, {"obsinfra_host_cpu_ratio": [((), {}, -float(second))]})
+        oldest = max(0, second - 86_400 + 1)
+        assert -found - oldest <= 86_400 / POINTS
+    [points] = judge._extremes.values()  # type: ignore[attr-defined]
+    assert len(points) <= POINTS + 2
 
 
 def test_a_series_that_went_away_is_forgotten() -> None:

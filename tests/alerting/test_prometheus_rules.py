@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from other_conditions import OTHER_CONDITIONS, Change, random_changes
 from promtool import needs_promtool, promtool
 from stack_versions import StackVersion, each_version
 
@@ -22,10 +24,12 @@ from obsinfra.alerting.rule_tests import (
     write_rule_tests,
 )
 from obsinfra.catalog.actions import ACTIONS
-from obsinfra.catalog.alert_changes import alert_table
+from obsinfra.catalog.alert_changes import alert_table, scopes_of
 from obsinfra.catalog.alerts import ALERTS, BY_NAME, Alert
+from obsinfra.catalog.condition_changes import AGGREGATIONS, aggregation_of, check_threshold
 from obsinfra.catalog.conditions import Always, label_names, metrics_of, window_of
 from obsinfra.catalog.metrics import METRICS
+from obsinfra.catalog.units import UNITS, quantity_of
 
 COMMITTED = Path(__file__).parents[2] / "prometheus/rules/obsinfra.yml"
 
@@ -103,6 +107,29 @@ def test_every_row_can_be_read_and_acted_on() -> None:
         assert (rule["labels"].get("action") or "stop") in ACTIONS
 
 
+def test_every_row_is_one_that_a_user_could_write() -> None:
+    """Scope, unit and threshold are held to what a change of them is held to."""
+    for alert in ALERTS:
+        assert alert.scope in scopes_of(alert), alert.name
+        units = UNITS[quantity_of(alert.condition)]
+        plain = alert.threshold_unit.split(" ")[0]  # as of "× the promise"
+        assert units[plain] == pytest.approx(alert.scale), alert.name
+        check_threshold(alert, alert.name)
+
+
+def test_setting_what_the_table_has_changes_nothing() -> None:
+    for alert in ALERTS:
+        if isinstance(alert.condition, Always):
+            continue
+        same = {
+            "metric": alert.condition.metric.sample_name,
+            "aggregation": aggregation_of(alert.condition),
+            "comparator": alert.comparator,
+            "scope": alert.scope,
+        }
+        assert [row for row in alert_table({}, {alert.key: same}) if row.key == alert.key] == [alert]
+
+
 def test_every_metric_of_a_condition_is_one_that_is_exported() -> None:
     for alert in ALERTS:
         for metric in metrics_of(alert.condition):
@@ -155,7 +182,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 @each_version
-@pytest.mark.parametrize("changes", [{}, OWN], ids=["default", "own"])
+@pytest.mark.parametrize("changes", [{}, OWN, OTHER_CONDITIONS], ids=["default", "own", "other conditions"])
 def test_every_alert_fires_and_resolves_as_the_table_says(
     tmp_path: Path, changes: dict[str, dict[str, Any]], version: StackVersion
 ) -> None:
@@ -163,6 +190,31 @@ def test_every_alert_fires_and_resolves_as_the_table_says(
     judged = version.run("promtool", "test", "rules", *tests)
     assert judged.returncode == 0, judged.stdout + judged.stderr
     assert len(tests) == len(ALERTS)
+
+
+def test_every_aggregation_is_played_on_both_sides_of_its_limit() -> None:
+    played = {
+        (aggregation_of(alert.condition), alert.comparator)
+        for alert in (*ALERTS, *alert_table({}, OTHER_CONDITIONS))
+    }
+    missing = {(name, side) for name in AGGREGATIONS for side in "<>"} - played
+    assert missing == set()
+
+
+@pytest.mark.slow
+@each_version
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(change=random_changes())
+def test_whatever_alert_the_settings_take_is_tested_and_passes(
+    tmp_path: Path, change: tuple[str, Change], version: StackVersion
+) -> None:
+    key, fields = change
+    [alert] = [row for row in alert_table({}, {key: fields}) if row.key == key]
+    [test] = write_rule_tests(tmp_path, [alert])
+    checked = version.run("promtool", "check", "rules", "--lint-fatal", tmp_path / f"{alert.name}.rules.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    judged = version.run("promtool", "test", "rules", test)
+    assert judged.returncode == 0, judged.stdout + judged.stderr
 
 
 @needs_promtool

@@ -16,6 +16,7 @@ from promtool import needs_promtool, promtool
 from obsinfra.alerting.evaluator import AlertEvaluator, AlertStatus
 from obsinfra.alerting.prometheus_rules import write_rules
 from obsinfra.alerting.promql import rule_labels
+from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.alerts import BY_NAME, Alert
 
 INTERVAL = 7
@@ -28,6 +29,23 @@ GAUGE = replace(BY_NAME["HighMemory"], for_seconds=20.0)
 BELOW = replace(BY_NAME["GradientExplosion"], name="TooSmall", comparator="<", threshold=1.0, for_seconds=7.0)
 DAMPED = replace(BY_NAME["HighGPUTemperature"], for_seconds=10.0)
 COUNTER = BY_NAME["NonFiniteLoss"]
+
+
+def changed(key: str, **change: Any) -> Alert:
+    """An alert of the table that looks at something else."""
+    [alert] = [row for row in alert_table({}, {key: change}) if row.key == key]
+    return alert
+
+
+OVER_TIME = (
+    changed("memory", aggregation="average", window_seconds=60, threshold=57, for_seconds=14),
+    changed("cpu", aggregation="highest", window_seconds=60, threshold=70, comparator="<", for_seconds=0),
+    changed("gpu_memory", aggregation="lowest", window_seconds=60, threshold=70, for_seconds=7),
+    changed("gpu_utilization", aggregation="highest", window_seconds=45, threshold=70, for_seconds=0),
+)
+STANDS_STILL = changed(
+    "checkpoint_failures", metric="obsinfra_steps", comparator="<", threshold=1, window_seconds=60
+)
 
 Series = tuple[float | None, ...]
 """One value per scrape; None: the target no longer exposes the series."""
@@ -142,6 +160,33 @@ def test_both_evaluators_say_the_same_at_every_scrape(
             as_promtool_test(alert, series)
             for alert, series in ((GAUGE, above), (BELOW, below), (DAMPED, damped), (COUNTER, counted))
         ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(document))
+    judged = promtool("test", "rules", tmp_path / "test.yml")
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
+@pytest.mark.slow
+@needs_promtool
+@pytest.mark.timeout(600)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    over_time=st.lists(
+        st.lists(gauges(0.5, 0.9), min_size=2, max_size=2),
+        min_size=len(OVER_TIME),
+        max_size=len(OVER_TIME),
+    ),
+    counted=st.lists(counters(), min_size=3, max_size=3),
+)
+def test_they_do_for_alerts_that_the_user_has_look_at_something_else(
+    tmp_path: Path, over_time: list[list[Series]], counted: list[Series]
+) -> None:
+    played = [*zip(OVER_TIME, over_time, strict=True), (STANDS_STILL, counted)]
+    write_rules(tmp_path / "rules.yml", [alert for alert, _ in played])
+    document = {
+        "rule_files": ["rules.yml"],
+        "evaluation_interval": f"{INTERVAL}s",
+        "tests": [as_promtool_test(alert, series) for alert, series in played],
     }
     (tmp_path / "test.yml").write_text(yaml.safe_dump(document))
     judged = promtool("test", "rules", tmp_path / "test.yml")

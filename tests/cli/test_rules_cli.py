@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from stack_versions import StackVersion, each_version
 from typer.testing import CliRunner, Result
 
 from obsinfra.catalog.alert_changes import alert_table
@@ -57,6 +60,64 @@ def test_what_is_written_is_up_to_date_until_a_setting_changes(tmp_path: Path) -
     assert stale.exit_code == 1 and "obsinfra rules write" in stale.stdout
     run("rules", "write")
     assert run("rules", "check").exit_code == 0
+
+
+ANOTHER_CONDITION = """\
+[alerts.gpu_temperature]
+metric = "obsinfra_gpu_power_watts"
+aggregation = "average"
+comparator = "<"
+window_seconds = 300
+threshold = 0.2
+threshold_unit = "kW"
+scope = "rank"
+"""
+
+
+def test_another_condition_is_shown_and_written(tmp_path: Path) -> None:
+    run("rules", "write")
+    (tmp_path / "obsinfra.toml").write_text(ANOTHER_CONDITION)
+    changed = run("rules", "diff")
+    assert changed.exit_code == 1
+    for line in (
+        "-      obsinfra_gpu_temperature_celsius > 85",
+        "+      avg_over_time(obsinfra_gpu_power_watts[300s]) < 200",
+        "+      and obsinfra_gpu_power_watts",
+        "-      scope: device",
+        "+      scope: rank",
+        "+      threshold: 0.2 kW",
+    ):
+        assert line in changed.stdout
+    assert "below 0.2 kW" in changed.stdout  # not hotter than anything
+    assert run("rules", "write").exit_code == 0
+    assert run("rules", "check").exit_code == 0
+    assert (
+        "avg_over_time(obsinfra_gpu_power_watts" in (tmp_path / "prometheus/rules/obsinfra.yml").read_text()
+    )
+
+
+@each_version
+def test_another_condition_is_tested(tmp_path: Path, version: StackVersion) -> None:
+    [promtool] = version.require("promtool")
+    (tmp_path / "obsinfra.toml").write_text(ANOTHER_CONDITION)
+    done = run("rules", "test", "--promtool", promtool)
+    assert done.exit_code == 0, done.stdout
+
+
+def test_a_condition_that_cannot_be_is_refused_with_exit_code_2(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "obsinfra.toml").write_text('[alerts.cpu]\naggregation = "mean"\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "obsinfra.cli", "rules", "write"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and not (tmp_path / "prometheus").exists()
+    for said in (
+        "alert cpu.aggregation = mean",
+        "expected one of value, average",
+        "fix: correct it under [alerts.cpu]",
+    ):
+        assert said in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("command", ["write", "check", "diff"])

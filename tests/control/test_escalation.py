@@ -21,7 +21,9 @@ from sidecar_tools import ago, alert
 from trainer_double import command, run_folder, trainer
 from waiting import wait_for
 
+from obsinfra.alerting.prometheus_rules import firing_labels
 from obsinfra.catalog import metrics as catalog
+from obsinfra.catalog.alert_changes import alert_table
 from obsinfra.catalog.policy import Policy, Response, Step
 from obsinfra.control.command import Command
 from obsinfra.control.firing_check import FiringCheck
@@ -609,6 +611,34 @@ def test_an_alert_about_another_host_is_for_nobody_here(scenes: Any) -> None:
     assert scene.face.decide(host_alert(host="elsewhere")) == {"no_run": 1}
     here = scene.face.sidecar.watch.runs()[0].info.host
     assert scene.face.decide(host_alert(host=here)) == {"accepted": 1}
+
+
+def as_prometheus_sends(key: str, change: dict[str, Any], **series: str) -> dict[str, Any]:
+    """A firing of that alert with the labels that the generated rule gives it."""
+    [row] = [alert for alert in alert_table({}, {key: change}) if alert.key == key]
+    return alert() | {"labels": {"alertname": row.name, **firing_labels(row, series)}}
+
+
+def test_an_alert_given_another_scope_reaches_the_runs_that_it_then_speaks_of(
+    scenes: Any, tmp_path: Path
+) -> None:
+    """That of a host without a run goes to every run there; that of a series of a run to that run alone."""
+    scene = scenes(AT_ONCE)
+    here = scene.face.sidecar.watch.runs()[0].info.host
+    with trainer(run_folder(tmp_path, "r2")) as others:
+        wait_for(lambda: len(scene.face.sidecar.watch.runs()) == 2, "seen")
+        about_host = {"scope": "host", "action": "checkpoint"}
+        there = as_prometheus_sends("host_down", about_host, job="hosts", host="elsewhere")
+        assert scene.face.decide(there) == {"no_run": 1}
+        assert scene.face.decide(as_prometheus_sends("host_down", about_host, job="hosts", host=here)) == {
+            "accepted": 2
+        }
+        assert scene.done() == ["checkpoint"] == [command.action for command in others]
+        of_run = as_prometheus_sends(
+            "gpu_temperature", {"scope": "host"}, run="r1", model="m", rank="0", device="0", host=here
+        )
+        assert scene.face.decide(of_run | {"fingerprint": "other"}) == {"accepted": 1}
+        assert scene.done() == ["checkpoint", "emergency_checkpoint"] and len(others) == 1
 
 
 # ---- asking Alertmanager ---------------------------------------------------------------------------------
