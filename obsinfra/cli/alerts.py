@@ -34,6 +34,10 @@ console = Console()
 
 SEVERITY_COLOURS = {"critical": "red", "warning": "yellow", "info": "blue"}
 LONGEST_SECONDS = 366 * 86_400.0
+OWN_COLUMN = frozenset(
+    ["alertname", "severity", "run", "model", "scope", "action", "job", "instance", "alertstate"]
+)
+"""Labels that a table of alerts shows elsewhere, or that say nothing to a person."""
 
 Folder = Annotated[Path, typer.Option("--folder", help="Where alertmanager.yml and templates/ go.")]
 AlertmanagerUrl = Annotated[
@@ -324,7 +328,10 @@ def _seconds(text: str, option: str) -> float:
 
 
 def _where(labels: Mapping[str, str]) -> str:
-    return " ".join(f"{key} {labels[key]}" for key in ("rank", "device", "host") if key in labels)
+    """What tells alerts of one name and run apart: rank, device and host first, then what else there is."""
+    first = [key for key in ("rank", "device", "host") if key in labels]
+    rest = sorted(set(labels) - {*first, *OWN_COLUMN})
+    return " ".join(f"{key} {labels[key]}" for key in (*first, *rest) if labels[key])
 
 
 def _state(silenced_by: tuple[str, ...], inhibited_by: tuple[str, ...]) -> str:

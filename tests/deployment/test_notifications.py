@@ -450,9 +450,17 @@ def test_list_and_silence(start: Start, people: People, obsinfra: Terminal) -> N
     assert obsinfra("list", *at).out == "nothing fires\n"
     fire(running, "GradientExplosion", value="[red]250[/]")
     fire(running, "GradientExplosion", run="another")
+    for integration in ("slack", "email"):
+        fire(running, "NotificationsFailing", run="stack", integration=integration)
     shown = wait_for(
-        lambda: (r := obsinfra("list", *at)).out.count("GradientExplosion") == 2 and r, "both listed"
+        lambda: (
+            (r := obsinfra("list", *at)).out.count("GradientExplosion") == 2
+            and r.out.count("NotificationsFailing") == 2
+            and r
+        ),
+        "all listed",
     )
+    assert "integration slack" in shown.out and "integration email" in shown.out
     assert "[red]250[/]" in shown.out and "my-run" in shown.out and "another" in shown.out
     assert "my-run" not in obsinfra("list", "--run", "another", *at).out
 
