@@ -210,8 +210,12 @@ def silence(
     if alert is not None:
         known = {row.name for row in ALERTS} | {one.labels.get("alertname", "") for one in asked.alerts()}
         if alert not in known:
-            near = difflib.get_close_matches(alert, known, n=3, cutoff=0.4)
-            raise ConfigError(f"no alert {alert!r}", f"one of {', '.join(near or sorted(known))}")
+            near = ", ".join(difflib.get_close_matches(alert, known, n=3))
+            raise ConfigError(
+                f"no alert {alert!r}",
+                f"one of the table{f' ({near}?)' if near else ''}, or one of your own that fires now",
+                "see 'obsinfra alerts list' and docs/alerts.md; amtool silences what does not fire yet",
+            )
     labels = {name: value for name, value in (("alertname", alert), ("run", run)) if value is not None}
     made = asked.silence(labels, seconds, comment=comment, by=_user())
     what = f"silenced {', '.join(made.matchers)} until {_clock(made.ends)}; the sidecar does not act either"
