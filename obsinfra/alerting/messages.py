@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from obsinfra.alerting.wording import plain_number
-from obsinfra.catalog.policy import DEFAULT_POLICY, NOTHING, Policy, Response
+from obsinfra.catalog.policy import DEFAULT_POLICY, NOTHING, Policy, Step
 from obsinfra.config.notify import LINK_LABEL_CHARACTERS, Notify
 
 HEADER = """\
@@ -28,8 +28,25 @@ SLACK_IN_FULL, SLACK_IN_A_LINE = 1, 6
 """Alerts of a group that Slack shows with all there is to know, and those it names; the rest is counted."""
 
 MAIL_IN_FULL = 50
-ACTION_CHARACTERS, FURTHER_CHARACTERS = 32, 64
-"""Of what the sidecar does about an alert, and of what follows if it goes on."""
+ACTION_CHARACTERS, OUTCOME_CHARACTERS, FURTHER_CHARACTERS = 32, 128, 64
+"""Of what the sidecar is asked to do about an alert, what came of it, and what follows if it goes on."""
+
+NOT_KNOWN = ", outcome not known yet"
+
+OUTCOME_WORDS = {
+    "done": "Done",
+    "failed": "Failed",
+    "rejected": "Rejected by the trainer",
+    "expired": "Not done in time",
+    "undelivered": "Not delivered",
+    "unacknowledged": "No word of its end",
+    "under_way": "Under way",
+    "cool_down": "Told a moment ago already",
+    "hourly_limit": "Not done, limit of the hour reached",
+    "dry_run": "Dry run, not done",
+    "unknown_action": "Not done, unknown action",
+}
+"""Outcome of an action, as the annotation `outcome` has it → how people read it."""
 
 ANNOTATED_LINK_CHARACTERS = 170
 """In Slack a longer link in an annotation is left out: cut, it would lead elsewhere."""
@@ -110,6 +127,7 @@ def _title(put: Callable[[str, int], str]) -> str:
 
 
 def _titles() -> str:
+    outcome = f"{_in_words('.Annotations.outcome')} | reReplaceAll `: ` ` – `"
     return (
         f'{{{{ define "obsinfra.title" }}}}{_title(_one_line)}{{{{ end }}}}\n'
         # https://developer.pagerduty.com/docs/send-alert-event: critical, error, warning or info
@@ -120,7 +138,9 @@ def _titles() -> str:
         '{{ define "obsinfra.pagerduty.alerts" }}{{ range $i, $alert := .Alerts.Firing }}'
         f"{{{{ if lt $i {SLACK_IN_FULL + SLACK_IN_A_LINE} }}}}"
         f"{{{{ {_one_line('.Labels.alertname', 40)} }}}} – {{{{ {_one_line('.Annotations.summary', 150)} }}}}"
-        f"; {_facts(_one_line)}\n{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}\n"
+        f"; {_facts(_one_line)}"
+        f"{{{{ if .Annotations.outcome }}}}; {{{{ {_one_line(outcome, OUTCOME_CHARACTERS)} }}}}{{{{ end }}}}"
+        "\n{{ end }}{{ end }}{{ end }}\n"
     )
 
 
@@ -143,29 +163,65 @@ def _facts(put: Callable[[str, int], str]) -> str:
 
 
 def _action(put: Callable[[str, int], str], policy: Policy, end: str = "\n") -> str:
-    """What the sidecar does about it, with `end` after it; nothing where it does nothing."""
-    does = "Dry run; the sidecar would act: " if policy.dry_run else "The sidecar acts: "
+    """What the sidecar did about it, else what it is asked to, with `end` after it; nothing where it does
+    nothing, or where it is over and no outcome was seen."""
+    does, unknown = ("Dry run; would be asked for: ", "") if policy.dry_run else ("Asked for: ", NOT_KNOWN)
     label = f"{{{{ {put('.Labels.action', ACTION_CHARACTERS)} }}}}"
-    cases = ['{{ if ne .Status "firing" }}']
+    seen = f"{{{{ {put(_in_words('.Annotations.outcome'), OUTCOME_CHARACTERS)} }}}}"
+    cases = [
+        f"{{{{ if .Annotations.outcome }}}}{seen}{_further_still(policy)}{end}",
+        'ne .Status "firing" }}',
+    ]
     for alert, response in policy.responses.items():
-        is_it = f"eq .Labels.alertname {json.dumps(alert, ensure_ascii=False)}"
+        is_it = _is(alert)
         first = response.first
+        further = _further(response.escalate)
         if first is None:
-            cases.append(f"and .Labels.action ({is_it}) }}}}{does}{label}{_further(response)}{end}")
+            cases.append(f"and .Labels.action ({is_it}) }}}}{does}{label}{unknown}{further}{end}")
         elif first.action == NOTHING:
             cases.append(f"{is_it} }}}}")
         else:
-            cases.append(
-                f"{is_it} }}}}{does}{_cut(first.action, ACTION_CHARACTERS)}{_further(response)}{end}"
-            )
-    cases.append(f".Labels.action }}}}{does}{label}{end}")
+            action = _cut(first.action, ACTION_CHARACTERS)
+            cases.append(f"{is_it} }}}}{does}{action}{unknown}{further}{end}")
+    cases.append(f".Labels.action }}}}{does}{label}{unknown}{end}")
     return "{{ else if ".join(cases) + "{{ end }}"
 
 
-def _further(response: Response) -> str:
+def _is(alert: str) -> str:
+    return f"eq .Labels.alertname {json.dumps(alert, ensure_ascii=False)}"
+
+
+def _in_words(value: str) -> str:
+    """A pipeline for outcomes as the rules write them, `done: …`, in words: `Done: …`."""
+    words = "".join(
+        f" | reReplaceAll `(^| · ){outcome}: ` `${{1}}{text}: `" for outcome, text in OUTCOME_WORDS.items()
+    )
+    return f"{value}{words}"
+
+
+def _further(steps: Sequence[Step]) -> str:
     """The steps that follow while an alert goes on firing; empty without any."""
-    steps = [f"{step.action} after {plain_number(step.after_minutes)} min" for step in response.escalate]
-    return _cut(f"; if it goes on, {', then '.join(steps)}", FURTHER_CHARACTERS) if steps else ""
+    texts = [f"{step.action} after {plain_number(step.after_minutes)} min" for step in steps]
+    return _cut(f"; if it goes on, {', then '.join(texts)}", FURTHER_CHARACTERS) if texts else ""
+
+
+def _further_still(policy: Policy) -> str:
+    """Of an alert with outcomes: the steps after the last of which there is one."""
+    cases = ['ne .Status "firing" }}']
+    for alert, response in policy.responses.items():
+        steps = response.escalate
+        for number in range(len(steps), 0, -1):
+            action = steps[number - 1].action
+            first = response.first
+            if action in {step.action for step in (first, *steps[: number - 1]) if step is not None}:
+                continue  # which of the two it was cannot be told
+            taken = f"(match `: {action}(,| ·|$)` .Annotations.outcome)"
+            if first is None:
+                taken += f" (ne (or .Labels.action ``) {json.dumps(action)})"
+            cases.append(f"and ({_is(alert)}) {taken} }}}}{_further(steps[number:])}")
+        if steps:
+            cases.append(f"{_is(alert)} }}}}{_further(steps)}")
+    return "{{ if " + "{{ else if ".join(cases) + "{{ end }}" if cases[1:] else ""
 
 
 def _cut(text: str, characters: int) -> str:
@@ -228,7 +284,7 @@ def _slack(known: Links, policy: Policy) -> str:
 *{{{{ {_mrkdwn(".Labels.alertname", 40)} }}}}* {{{{ {_mrkdwn(".Annotations.summary", 120)} }}}}
 {_facts(_mrkdwn)}
 {_action(_mrkdwn, policy)}{{{{ if .Annotations.description }}}}\
-{{{{ {_mrkdwn(".Annotations.description", 225)} }}}}
+{{{{ {_mrkdwn(".Annotations.description", 160)} }}}}
 {{{{ end }}}}{annotated}
 {{{{ else if lt $i {SLACK_IN_FULL + SLACK_IN_A_LINE} -}}}}
 • {{{{ {_mrkdwn(".Labels.alertname", 40)} }}}} {{{{ {_mrkdwn(".Annotations.summary", 60)} }}}}\

@@ -16,6 +16,7 @@ from obsinfra.alerting.dashboard_recordings import GROUP as DASHBOARDS_GROUP
 from obsinfra.alerting.promql import duration, expression, recordings, rule_labels
 from obsinfra.alerting.wording import (
     filled,
+    outcome_template,
     step_template,
     summary_template,
     threshold_text,
@@ -88,7 +89,7 @@ def _rule(alert: Alert, runbooks: str) -> dict[str, Any]:
         "runbook_url": alert.runbook_url or f"{runbooks}/{alert.name}",
     }
     if alert.scope != "stack":
-        rule["annotations"]["step"] = step_template()
+        rule["annotations"] |= {"step": step_template(), "outcome": outcome_template(alert)}
     return rule
 
 

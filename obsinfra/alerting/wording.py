@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 
 from obsinfra.catalog.alerts import Alert
 from obsinfra.catalog.conditions import Always, Increase, Multiple
-from obsinfra.catalog.metrics import STEP
+from obsinfra.catalog.metrics import SIDECAR_ACTION_SECONDS, SIDECAR_ACTION_STEP, STEP
 from obsinfra.catalog.units import UNITS, quantity_of_metric
 
 
@@ -50,6 +51,24 @@ def step_template() -> str:
     asked = f'query (printf "max({STEP.sample_name}{{run=%q}})" .)'
     answer = '{{ . | first | value | printf "%.0f" }}'
     return f"{{{{ with $labels.run }}}}{{{{ with {asked} }}}}{answer}{{{{ end }}}}{{{{ end }}}}"
+
+
+def outcome_template(alert: Alert) -> str:
+    """A Prometheus template that looks up what the sidecar did about the alert and what came of it.
+
+    As `done: emergency_checkpoint, step 60, 0.3 s · under_way: pause, 1.2 s`; empty where nothing is known.
+    """
+    name = json.dumps(alert.name)
+    done = f"{SIDECAR_ACTION_SECONDS.sample_name}{{run=%q, alert=%q}}"
+    step = f"{SIDECAR_ACTION_STEP.sample_name}{{run=%q, alert=%q, action=%q}}"
+    return (
+        "{{ with $run := $labels.run }}"
+        f'{{{{ range $i, $did := query (printf "max by (action, outcome) ({done})" . {name})'
+        ' | sortByLabel "action" }}{{ if $i }} · {{ end }}{{ .Labels.outcome }}: {{ .Labels.action }}'
+        f'{{{{ with query (printf "max({step})" $run {name} .Labels.action) }}}}'
+        ', step {{ . | first | value | printf "%.0f" }}{{ end }}'
+        '{{ if .Value }}, {{ .Value | printf "%.1f" }} s{{ end }}{{ end }}{{ end }}'
+    )
 
 
 def value_template(alert: Alert) -> str:

@@ -440,6 +440,22 @@ SIDECAR_HELD_BACK = Metric(
     ("reason",),
     source="sidecar",
 )
+SIDECAR_ACTION_SECONDS = Metric(
+    "obsinfra_sidecar_action_seconds",
+    "gauge",
+    "What was done about an alert that fires: seconds from its being heard to the outcome (as of "
+    "obsinfra_sidecar_commands_total), or so far (under_way); 0 for what the policy held back (cool_down, "
+    "hourly_limit, dry_run, unknown_action). Gone when the alert is over.",
+    ("run", "alert", "action", "outcome"),
+    source="sidecar",
+)
+SIDECAR_ACTION_STEP = Metric(
+    "obsinfra_sidecar_action_step",
+    "gauge",
+    "Global step at which that was done, or that was saved; absent where none is known.",
+    ("run", "alert", "action"),
+    source="sidecar",
+)
 SIDECAR_RUNS = Metric("obsinfra_sidecar_runs", "gauge", "Runs found, by state.", ("state",), source="sidecar")
 SIDECAR_RUN_UP = Metric(
     "obsinfra_sidecar_run_up",

@@ -252,7 +252,7 @@ class Notify(_Part):
     grafana_url: Link | None = None
     run_url: Link | None = None
     trace_url: Link | None = None
-    group_wait: Duration = "10s"
+    group_wait: Duration = "12s"
     group_interval: Duration = "1m"
     repeat_critical: Duration = "1h"
     repeat_warning: Duration = "4h"

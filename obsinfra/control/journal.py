@@ -31,13 +31,17 @@ MAX_BATCH = 256
 LOCK_SECONDS = 5.0
 """Waited for another process that holds the file's lock."""
 
-_SCHEMA = """
+_HELD_BACK = "decision IN ('cool_down', 'hourly_limit', 'dry_run', 'unknown_action')"
+"""Of the alerts, those whose step was not taken; the same text makes the index serve the query."""
+
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS alerts (
     received_at REAL NOT NULL, name TEXT NOT NULL, run TEXT NOT NULL, severity TEXT NOT NULL,
     status TEXT NOT NULL, fingerprint TEXT NOT NULL, starts_at REAL NOT NULL, decision TEXT NOT NULL,
     action TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS alerts_by_time ON alerts (received_at);
 CREATE INDEX IF NOT EXISTS alerts_by_run ON alerts (run, received_at);
+CREATE INDEX IF NOT EXISTS alerts_held_back ON alerts (run, fingerprint, starts_at) WHERE {_HELD_BACK};
 CREATE TABLE IF NOT EXISTS commands (
     id TEXT PRIMARY KEY, run TEXT NOT NULL, action TEXT NOT NULL, alert TEXT NOT NULL,
     starts_at REAL NOT NULL, received_at REAL NOT NULL, command TEXT NOT NULL,
@@ -45,6 +49,7 @@ CREATE TABLE IF NOT EXISTS commands (
 CREATE INDEX IF NOT EXISTS commands_waiting ON commands (received_at) WHERE outcome IS NULL;
 CREATE INDEX IF NOT EXISTS commands_by_run ON commands (run, received_at);
 CREATE INDEX IF NOT EXISTS commands_by_time ON commands (received_at);
+CREATE INDEX IF NOT EXISTS commands_by_alert ON commands (run, alert, starts_at);
 CREATE TABLE IF NOT EXISTS firings (
     run TEXT NOT NULL, fingerprint TEXT NOT NULL, starts_at REAL NOT NULL, name TEXT NOT NULL,
     severity TEXT NOT NULL, summary TEXT NOT NULL, label TEXT NOT NULL, taken INTEGER NOT NULL,
@@ -123,6 +128,26 @@ class Firing:
     undo: tuple[str, ...] = ()
     resolved_at: float | None = None
     again: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActionTaken:
+    """What came of an action about an alert that fires, whichever of its firings asked. Times: epoch seconds.
+
+    Attributes:
+        outcome: as of `CommandEntry`; or the decision with which it was held back.
+        received_at: when it was decided.
+        settled_at: when the outcome was known; None while it is under way, or was held back.
+        step: as of the final ack.
+    """
+
+    run: str
+    alert: str
+    action: str
+    outcome: str | None
+    received_at: float
+    settled_at: float | None = None
+    step: int | None = None
 
 
 class Pages:
@@ -359,6 +384,39 @@ class Journal:
         where, values = ("AND run = ?", (run,)) if run is not None else ("", ())
         with self._lock, contextlib.closing(self._reader.cursor()) as cursor:
             return _firings(cursor, f"WHERE resolved_at IS NULL {where} ORDER BY starts_at", values)
+
+    def actions_taken(self, limit: int) -> list[ActionTaken]:
+        """The last of each action about each alert that fires; of so many firings, the newest.
+
+        What was held back counts where no firing of the alert had it done.
+        """
+        newest = (
+            "(SELECT DISTINCT run, name, starts_at{} FROM firings WHERE resolved_at IS NULL"
+            " ORDER BY starts_at DESC LIMIT ?) AS open"
+        )
+        held_back = self._read(
+            "SELECT alerts.run, alerts.name, alerts.action, alerts.decision, max(alerts.received_at)"
+            f" FROM {newest.format(', fingerprint')} JOIN alerts INDEXED BY alerts_held_back ON"
+            " alerts.run = open.run AND alerts.fingerprint = open.fingerprint"
+            " AND alerts.starts_at = open.starts_at"
+            f" WHERE {_HELD_BACK}"
+            " GROUP BY alerts.run, alerts.name, alerts.action",
+            (limit,),
+        )
+        taken = {(row[0], row[1], row[2]): ActionTaken(*row) for row in held_back}
+        told = self._read(
+            "SELECT commands.run, alert, action, outcome, max(received_at), settled_at, ack"
+            f" FROM {newest.format('')} JOIN commands INDEXED BY commands_by_alert ON"
+            " commands.run = open.run AND alert = open.name AND commands.starts_at = open.starts_at"
+            " GROUP BY commands.run, alert, action",
+            (limit,),
+        )
+        for run, alert, action, outcome, received_at, settled_at, ack in told:
+            step = json.loads(ack).get("step") if ack else None
+            taken[run, alert, action] = ActionTaken(
+                run, alert, action, outcome, received_at, settled_at, step if isinstance(step, int) else None
+            )
+        return list(taken.values())
 
     def due(self, now: float) -> list[Firing]:
         """Firings whose next step is due, the longest first."""

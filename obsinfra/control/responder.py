@@ -30,6 +30,7 @@ from obsinfra.control.command import (
 )
 from obsinfra.control.delivery import OUTCOMES, Deliverer
 from obsinfra.control.journal import AlertEntry, CommandEntry, Firing, Journal, Pages
+from obsinfra.control.outcomes import Outcomes
 from obsinfra.control.run_watch import RunWatch, SeenRun
 from obsinfra.control.webhook import STALE_SECONDS, Webhook, WebhookAlert, age_seconds, command_id
 from obsinfra.errors import CommandError, ConfigError
@@ -145,6 +146,7 @@ class Sidecar:
                 "free space, or move the damaged journal.sqlite away",
             ) from error
         self.watch = RunWatch(output_dir, self._scanned, alerts_come, loopback_host, page)
+        self._outcomes = Outcomes(self.journal, self.watch)
         self.deliverer = Deliverer(output_dir, self.journal, self._settled)
         self.tracer: Tracer = create_tracer(
             run_id="sidecar", model="sidecar", trace_file=state_dir / "traces" / "spans.jsonl", probe=True
@@ -193,7 +195,7 @@ class Sidecar:
 
     def samples(self) -> list[Sample]:
         """Every gauge and counter, as of now."""
-        return [*self.instruments.samples(), *self.watch.run_up()]
+        return [*self.instruments.samples(), *self.watch.run_up(), *self._outcomes.samples()]
 
     # ---- notifications ---------------------------------------------------------------------------------
 

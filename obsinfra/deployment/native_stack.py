@@ -51,8 +51,10 @@ INSTALL_HINT = (
 )
 
 RETENTION = "15d"
-RESEND = "10s"
-"""How often Prometheus repeats to Alertmanager what fires. What fires in its first seconds, in which it knows
+RESEND = "9s"
+"""How often Prometheus repeats to Alertmanager what fires: at the first evaluation that is later than this
+after the last time, so that it is every 10 s with evaluations each 2.5 s. People's first message waits for a
+repetition, which has the outcome (docs/notifications.md). What fires in its first seconds, in which it knows
 no Alertmanager, is heard with the repetition; so is all that a killed Alertmanager has forgotten. An alert
 counts as resolved once it was not repeated for four times as long."""
 READY_SECONDS = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,7 @@ def test_what_people_read(tmp_path: Path, version: StackVersion) -> None:
                                     "threshold": threshold,
                                     "runbook_url": f"http://127.0.0.1:9465/runbooks/{name}",
                                 }
-                                | ({"step": "1234567"} if "run" in labels else {}),
+                                | ({"step": "1234567", "outcome": ""} if "run" in labels else {}),
                             }
                         ],
                     }
@@ -339,6 +340,73 @@ def test_what_people_read(tmp_path: Path, version: StackVersion) -> None:
             }
         )
     document = {"rule_files": ["rules.yml"], "evaluation_interval": "1s", "tests": tests}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(document, allow_unicode=True))
+    judged = version.run("promtool", "test", "rules", tmp_path / "test.yml")
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
+@each_version
+def test_an_alert_tells_what_the_sidecar_did_about_it_and_what_came_of_it(
+    tmp_path: Path, version: StackVersion
+) -> None:
+    """Looked up at each evaluation, by run and alert; whatever the run's name, no query is made of it."""
+    alert = BY_NAME["GradientExplosion"]
+    write_rules(tmp_path / "rules.yml", [alert])
+    runs = {
+        "saved": "done: emergency_checkpoint, step 60, 0.3 s · under_way: pause, 1.5 s",
+        "held": "cool_down: emergency_checkpoint",
+        "alone": "",
+        'x"} or vector(1) or up{run="\\': "failed: emergency_checkpoint, 2.0 s",
+    }
+
+    def series(name: str, value: object, **labels: str) -> dict[str, str]:
+        inside = ", ".join(f"{key}={json.dumps(text)}" for key, text in labels.items())
+        return {"series": f"{name}{{{inside}}}", "values": f"{value}+0x5"}
+
+    mine = {"alert": "GradientExplosion", "action": "emergency_checkpoint"}
+    saved, held, odd = (run for run in runs if run != "alone")
+    seconds, step = "obsinfra_sidecar_action_seconds", "obsinfra_sidecar_action_step"
+    played = [
+        series(seconds, 0.26, run=saved, outcome="done", **mine),
+        series(step, 60, run=saved, **mine),
+        series(seconds, 1.5, run=saved, outcome="under_way", **mine | {"action": "pause"}),
+        series(seconds, 9, run=saved, outcome="done", **mine | {"alert": "SlowStep"}),
+        series(seconds, 0, run=held, outcome="cool_down", **mine),
+        series(seconds, 2, run=odd, outcome="failed", **mine),
+    ]
+    for run in runs:
+        played.append(series("obsinfra_gradient_norm_peak", 250, run=run))
+    test = {
+        "interval": "1s",
+        "input_series": played,
+        "alert_rule_test": [
+            {
+                "alertname": alert.name,
+                "eval_time": "3s",
+                "exp_alerts": [
+                    {
+                        "exp_labels": {
+                            "run": run,
+                            "severity": "critical",
+                            "scope": alert.scope,
+                            "action": "emergency_checkpoint",
+                        },
+                        "exp_annotations": {
+                            "summary": "Gradient norm above 100",
+                            "description": alert.description,
+                            "value": "250",
+                            "threshold": "100",
+                            "runbook_url": "http://127.0.0.1:9465/runbooks/GradientExplosion",
+                            "step": "",
+                            "outcome": outcome,
+                        },
+                    }
+                    for run, outcome in runs.items()
+                ],
+            }
+        ],
+    }
+    document = {"rule_files": ["rules.yml"], "evaluation_interval": "1s", "tests": [test]}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(document, allow_unicode=True))
     judged = version.run("promtool", "test", "rules", tmp_path / "test.yml")
     assert judged.returncode == 0, judged.stdout + judged.stderr

@@ -15,13 +15,22 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from stack_versions import StackVersion, each_version
 
-from obsinfra.alerting.messages import SLACK_TEXT_CHARACTERS, StackLinks, jaeger_search, render_templates
+from obsinfra.alerting.messages import (
+    OUTCOME_WORDS,
+    SLACK_TEXT_CHARACTERS,
+    StackLinks,
+    jaeger_search,
+    render_templates,
+)
 from obsinfra.alerting.routes import SUBJECTS, TEST_LABEL, check_secret_files, render_alertmanager
 from obsinfra.catalog.alerts import ALERTS
 from obsinfra.catalog.policy import DEFAULT_POLICY, Policy, policy_with
 from obsinfra.config.notify import LINK_CHARACTERS, LINK_LABEL_CHARACTERS, SEVERITIES, Notify
 from obsinfra.config.resolve import dump_toml, resolve
 from obsinfra.config.settings import Settings
+from obsinfra.control.delivery import OUTCOMES
+from obsinfra.control.outcomes import UNDER_WAY
+from obsinfra.control.responder import HELD_BACK
 from obsinfra.errors import ConfigError
 
 COMMITTED = Path(__file__).parents[2] / "alertmanager"
@@ -496,7 +505,7 @@ def test_slack_says_what_one_needs_to_know(tmp_path: Path, version: StackVersion
     assert text.split("\n") == [
         "*GradientExplosion* Gradient norm above 100",
         "my-run · model byte_gpt · rank 0 · device 0 · step 1234 · value 250 · threshold 100",
-        "The sidecar acts: emergency_checkpoint",
+        "Asked for: emergency_checkpoint, outcome not known yet",
         "Divergence may follow.",
         "<https://example.org/GradientExplosion.md|Runbook>  ",
         "<https://grafana.example.org/d/obsinfra?var-run=my-run&amp;var-rank=0|Grafana>  "
@@ -518,26 +527,90 @@ def test_messages_say_what_the_sidecar_does_by_the_policy(tmp_path: Path, versio
             odd: {"action": "pause"},
         }
     }
-    hot = "emergency_checkpoint; if it goes on, pause after 5 min, then stop after 15 min"
-    for dry_run, acts in (
-        (False, "The sidecar acts: "),
-        (True, "Dry run; the sidecar would act: "),
+    hot = ("emergency_checkpoint", "; if it goes on, pause after 5 min, then stop after 15 min")
+    unknown = ", outcome not known yet"
+    for dry_run, acts, known in (
+        (False, "Asked for: ", unknown),
+        (True, "Dry run; would be asked for: ", ""),
     ):
         write(tmp_path, Notify(), policy=policy_with(policy | {"dry_run": dry_run}))
         for name, action, says in (
             ("GradientExplosion", "emergency_checkpoint", None),
-            ("SlowStep", "checkpoint", "profile; if it goes on, stop after 1.5 min"),
+            ("SlowStep", "checkpoint", ("profile", "; if it goes on, stop after 1.5 min")),
             ("HighGPUTemperature", "emergency_checkpoint", hot),
             ("HighGPUTemperature", "", None),
-            (odd, "", "pause"),
-            ("Mine", "scale_lr", "scale_lr"),
+            (odd, "", ("pause", "")),
+            ("Mine", "scale_lr", ("scale_lr", "")),
         ):
             one = alert(alertname=name, action=action)
             for template, end in (("slack.text", "\n"), ("mail.text", "\n"), ("mail.html", "<br>")):
                 kind = "html" if template == "mail.html" else "text"
                 text = render(version, tmp_path, f"obsinfra.{template}", [one], kind)
-                assert ("sidecar" in text) == (says is not None)
-                assert says is None or f"{acts}{says}{end}" in text
+                assert ("sked for" in text) == (says is not None)
+                assert says is None or f"{acts}{says[0]}{known}{says[1]}{end}" in text
+
+
+DONE = "done: emergency_checkpoint, step 60, 0.3 s"
+PAUSED = f"{DONE} · under_way: pause, 1.0 s"
+STOPPED = f"{DONE} · done: pause, step 70, 0.1 s · failed: stop, 2.0 s"
+
+
+@each_version
+def test_messages_say_what_came_of_it(tmp_path: Path, version: StackVersion) -> None:
+    version.require("amtool")
+    again = {"SlowStep": {"action": "profile", "escalate": [{"action": "profile", "after_minutes": 9}]}}
+    write(tmp_path, Notify(), policy=policy_with({"alerts": again}))
+    saved = "Done: emergency_checkpoint, step 60, 0.3 s"
+    for name, status, outcome, says in (
+        ("GradientExplosion", "firing", DONE, saved),
+        ("GradientExplosion", "firing", "cool_down: checkpoint", "Told a moment ago already: checkpoint"),
+        (
+            "GradientExplosion",
+            "firing",
+            "done: a, 1.0 s · hourly_limit: done",
+            "Done: a, 1.0 s · Not done, limit of the hour reached: done",
+        ),
+        ("GradientExplosion", "firing", "new_one: it", "new_one: it"),
+        (
+            "HighGPUTemperature",
+            "firing",
+            DONE,
+            f"{saved}; if it goes on, pause after 5 min, then stop after 15 min",
+        ),
+        (
+            "HighGPUTemperature",
+            "firing",
+            PAUSED,
+            f"{saved} · Under way: pause, 1.0 s; if it goes on, stop after 15 min",
+        ),
+        (
+            "HighGPUTemperature",
+            "firing",
+            STOPPED,
+            f"{saved} · Done: pause, step 70, 0.1 s · Failed: stop, 2.0 s",
+        ),
+        ("HighGPUTemperature", "resolved", PAUSED, f"{saved} · Under way: pause, 1.0 s"),
+        # The same action first and later: which of the two it was is not known.
+        (
+            "SlowStep",
+            "firing",
+            "done: profile, 3.0 s",
+            "Done: profile, 3.0 s; if it goes on, profile after 9 min",
+        ),
+    ):
+        one = alert(status, alertname=name, outcome=outcome)
+        for template, end in (("slack.text", "\n"), ("mail.text", "\n"), ("mail.html", "<br>")):
+            kind = "html" if template == "mail.html" else "text"
+            text = render(version, tmp_path, f"obsinfra.{template}", [one], kind)
+            assert f"{says}{end}" in text and "sked for" not in text, (template, text)
+    paged = render(version, tmp_path, "obsinfra.pagerduty.alerts", [alert(outcome=STOPPED)])
+    assert "; Done – emergency_checkpoint, step 60, 0.3 s · Done – pause" in paged
+    assert isinstance(yaml.safe_load(paged), str)  # as newer Alertmanagers read it
+
+
+def test_every_outcome_is_put_into_words() -> None:
+    told = (*OUTCOMES, UNDER_WAY, *HELD_BACK, "unknown_action")
+    assert sorted(OUTCOME_WORDS) == sorted(told)
 
 
 @each_version
@@ -548,9 +621,9 @@ def test_what_is_over_is_told_as_over(tmp_path: Path, version: StackVersion) -> 
     assert render(version, tmp_path, "obsinfra.title", over) == "[RESOLVED] GradientExplosion · my-run"
     assert render(version, tmp_path, "obsinfra.slack.color", over) == "good"
     text = render(version, tmp_path, "obsinfra.slack.text", over)
-    assert "Gradient norm above 100" in text and "The sidecar acts" not in text
+    assert "Gradient norm above 100" in text and "Asked for" not in text
     mixed = render(version, tmp_path, "obsinfra.slack.text", [alert(), alert("resolved", rank="1")])
-    assert "The sidecar acts" in mixed and "1 resolved" in mixed
+    assert "Asked for" in mixed and "1 resolved" in mixed
 
 
 @each_version
@@ -605,12 +678,12 @@ def test_a_message_leads_to_the_runs_traces_where_they_are(tmp_path: Path, versi
 
 
 @each_version
-@given(label=worst, annotation=worst, count=st.sampled_from([1, 7, 60]))
+@given(label=worst, annotation=worst, count=st.sampled_from([1, 7, 60]), outcome=st.none() | worst)
 @hypothesis_settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_slack_messages_stay_within_the_limits_whatever_the_alerts_say(
-    tmp_path: Path, version: StackVersion, label: str, annotation: str, count: int
+    tmp_path: Path, version: StackVersion, label: str, annotation: str, count: int, outcome: str | None
 ) -> None:
     version.require("amtool")
     longest: dict[str, Any] = {"action": "x" * 200, "escalate": [{"action": "stop", "after_minutes": 1}] * 10}
@@ -630,6 +703,8 @@ def test_slack_messages_stay_within_the_limits_whatever_the_alerts_say(
         one["labels"]["alertname"] = "A" * 40
         one["labels"]["run"] = "r" * LINK_LABEL_CHARACTERS
         one["annotations"]["runbook_url"] = one["annotations"]["trace_url"] = "https://" + "x" * 170
+        if outcome is not None:
+            one["annotations"]["outcome"] = outcome
         alerts.append(one)
     text = render(version, tmp_path, "obsinfra.slack.text", alerts)
     assert len(text) <= SLACK_TEXT_CHARACTERS

@@ -455,3 +455,4 @@ def test_a_journal_that_cannot_be_read_is_a_503_and_the_rest_is_served(
     answer = face.ask("GET", "/v1/journal", headers=AUTHORIZED)
     assert answer.status_code == 503 and "malformed" in answer.json()["detail"]
     assert face.get("/v1/runs") != []
+    assert "obsinfra_sidecar_webhooks_total" in face.ask("GET", "/metrics").text

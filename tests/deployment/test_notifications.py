@@ -165,6 +165,7 @@ def alert(name: str, severity: str = "critical", **changed: str) -> tuple[dict[s
         "value": "250",
         "threshold": "100",
         "runbook_url": "https://example.org/runbook.md",
+        "outcome": "",
     }
     for key, value in changed.items():
         (annotations if key in annotations else labels)[key] = value
@@ -174,7 +175,8 @@ def alert(name: str, severity: str = "critical", **changed: str) -> tuple[dict[s
 @each_version
 def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, people: People) -> None:
     running = start(**people.settings())
-    labels = fire(running, "GradientExplosion", action="emergency_checkpoint")
+    done = "done: emergency_checkpoint, step 60, 0.3 s"
+    labels = fire(running, "GradientExplosion", action="emergency_checkpoint", outcome=done)
 
     [slack] = wait_for(lambda: people.http.at("/slack/T0/B0/slack-secret"), "Slack hears")
     check_slack(slack.body)
@@ -184,7 +186,7 @@ def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, p
     assert attachment["color"] == "danger"
     for part in (
         "GradientExplosion it is", "my-run", "model byte_gpt", "value 250", "threshold 100",
-        "The sidecar acts: emergency_checkpoint", "<https://example.org/runbook.md|Runbook>",
+        "Done: emergency_checkpoint, step 60, 0.3 s", "<https://example.org/runbook.md|Runbook>",
         "<https://grafana.example.org/d/obsinfra?var-run=my-run|Grafana>",
         "<http://127.0.0.1:9465/?run=my-run#slow-steps|Slow steps>",
     ):  # fmt: skip
@@ -201,7 +203,7 @@ def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, p
             "GradientExplosion it is",
             "my-run",
             "250",
-            "emergency_checkpoint",
+            "Done: emergency_checkpoint, step 60, 0.3 s",
             "runbook.md",
             "?run=my-run#slow-steps",
         ):
@@ -210,11 +212,14 @@ def test_one_alert_reaches_everybody_with_what_they_need_to_know(start: Start, p
     [hook] = wait_for(lambda: people.http.at("/hook"), "the webhook is called")
     assert hook.headers["authorization"] == "Bearer hook-secret"
     assert hook.body["alerts"][0]["labels"] == labels
+    assert hook.body["alerts"][0]["annotations"]["outcome"] == done
     [page] = wait_for(lambda: people.http.at("/pagerduty"), "PagerDuty hears")
     assert page.body["routing_key"] == "pagerduty-secret"
     assert page.body["payload"]["severity"] == "critical"
     assert page.body["payload"]["summary"] == "[CRITICAL] GradientExplosion · my-run"
-    assert "GradientExplosion it is" in page.body["payload"]["custom_details"]["alerts"]
+    paged = page.body["payload"]["custom_details"]["alerts"]
+    assert "GradientExplosion it is" in paged
+    assert "Done – emergency_checkpoint, step 60, 0.3 s" in paged
     [sidecar] = people.http.at("/webhook")
     assert sidecar.headers["authorization"] == "Bearer sidecar-secret"
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from stack_tools import needs_tool
 
+from obsinfra.deployment.native_stack import RESEND
 from obsinfra.deployment.stack_configuration import (
     SERVICES,
     TOKEN_PATH,
@@ -18,6 +19,7 @@ from obsinfra.deployment.stack_configuration import (
     replaced,
     write_configuration,
 )
+from obsinfra.monitoring.recorder import WINDOW_SECONDS
 
 TOP = Path(__file__).parents[2]
 ADDRESSES = {"prometheus": "127.0.0.1:1", "alertmanager": "127.0.0.1:2", "sidecar": "[::1]:3"}
@@ -121,6 +123,18 @@ def test_rules_are_evaluated_twice_as_often_as_values_are_scraped(
     write_configuration(tmp_path, ADDRESSES, tmp_path / "token", scrape_interval=scrape)
     found = load(tmp_path / "prometheus/prometheus.yml")["global"]
     assert found == {"scrape_interval": scrape, "evaluation_interval": evaluation}
+
+
+def test_peoples_first_message_waits_for_the_repetition_and_not_beyond_a_peak() -> None:
+    """The repetition has what the sidecar did; what is over before the message is told to nobody."""
+    intervals = load(TOP / "prometheus/prometheus.yml")["global"]
+    scrape = float(intervals["scrape_interval"].removesuffix("s"))
+    every = float(intervals["evaluation_interval"].removesuffix("ms")) / 1e3
+    repeated = (int(RESEND.removesuffix("s")) // every + 1) * every  # at the first evaluation after that
+    waits = load(TOP / "alertmanager/alertmanager.yml")["route"]["group_wait"]
+    assert 2 * scrape <= repeated < int(waits.removesuffix("s")) < WINDOW_SECONDS
+    command = load(TOP / "docker-compose.yml")["services"]["prometheus"]["command"]
+    assert f"--rules.alert.resend-delay={RESEND}" in command
 
 
 def test_only_whole_addresses_are_replaced() -> None:
