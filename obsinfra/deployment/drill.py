@@ -40,6 +40,8 @@ STEPS_AFTER = 200
 
 ALERT = "GradientExplosion"
 PATIENCE_SECONDS = 120.0
+"""For what is to happen; where that is a number of steps, for each next sign of one."""
+
 POLL_SECONDS = 0.02
 """Between two looks at what the trainer, another process, has written."""
 SHOWN_LINES = 15
@@ -91,6 +93,28 @@ class DrillResult:
     crossing_to_committed_seconds: float
 
 
+class Patience:
+    """How long something is waited for.
+
+    Args:
+        stepping: the run whose steps are waited for: each sign of one begins the wait anew.
+    """
+
+    def __init__(self, stepping: RunFolder | None = None) -> None:
+        self._stepping = stepping
+        self._seen: object = None
+        self._deadline = time.monotonic() + PATIENCE_SECONDS
+
+    @property
+    def over(self) -> bool:
+        """Whether it is at its end."""
+        sign = self._stepping.read_progress() if self._stepping is not None else None
+        if sign is not None and sign.step != self._seen:
+            self._seen = sign.step
+            self._deadline = time.monotonic() + PATIENCE_SECONDS
+        return time.monotonic() >= self._deadline
+
+
 class Drill:
     """One drill in one folder.
 
@@ -134,11 +158,11 @@ class Drill:
             started = self._wait(self._resumed_start, trainer, "the resumed start")
             resumed_step = int(started["resumed_from_step"])
             timeline.append(Moment(_moment(started), f"resumed from the checkpoint of step {resumed_step}"))
-            self._ended(trainer)
+            self._ended(trainer, self._folder)
         self._say(f"the same {final_step} steps without any interruption, to compare")
         reference = RunFolder(self._output_dir / f"{self._folder.id}-uninterrupted")
         with self._trainer(f"--run={reference.id}", f"--max-steps={final_step}") as trainer:
-            self._ended(trainer)
+            self._ended(trainer, reference)
         resumed, whole = (_newest(folder) for folder in (self._folder, reference))
         differing = differences(resumed.state, whole.state)
         return DrillResult(
@@ -157,7 +181,10 @@ class Drill:
 
     def _until_saved(self, trainer: subprocess.Popen[bytes]) -> list[Moment]:
         crossing = self._wait(
-            lambda: self._logged("training", "fault_injected"), trainer, f"step {EXPLODE_AT}"
+            lambda: self._logged("training", "fault_injected"),
+            trainer,
+            f"step {EXPLODE_AT}",
+            Patience(self._folder),
         )
         timeline = [
             Moment(_moment(crossing), f"crossing: the gradients of step {crossing['at_step']} explode")
@@ -217,17 +244,24 @@ class Drill:
                 process.kill()
                 process.wait()
 
-    def _ended(self, trainer: subprocess.Popen[bytes]) -> None:
-        try:
-            status = trainer.wait(PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise self._failed("the trainer did not reach its last step in time") from None
-        if status != 0:
-            raise self._failed(f"the trainer ended with status {status}")
+    def _ended(self, trainer: subprocess.Popen[bytes], folder: RunFolder) -> None:
+        patience = Patience(folder)
+        while trainer.poll() is None:
+            if patience.over:
+                raise self._failed("the trainer did not reach its last step in time")
+            time.sleep(POLL_SECONDS)
+        if trainer.returncode != 0:
+            raise self._failed(f"the trainer ended with status {trainer.returncode}")
 
-    def _wait(self, condition: Callable[[], T | None], trainer: subprocess.Popen[bytes], what: str) -> T:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
+    def _wait(
+        self,
+        condition: Callable[[], T | None],
+        trainer: subprocess.Popen[bytes],
+        what: str,
+        patience: Patience | None = None,
+    ) -> T:
+        patience = patience or Patience()
+        while not patience.over:
             if found := condition():
                 return found
             if trainer.poll() is not None:
