@@ -30,7 +30,7 @@ def part_of(rank: int, weight: torch.Tensor = WEIGHT) -> dict[str, Any]:
     return {
         "items": {} if rank else items,
         "values": {} if rank else values,
-        "shards": {"w": {"offsets": [2 * rank, 0], "tensor": rows}},
+        "shards": {"w": [{"offsets": [2 * rank, 0], "tensor": rows}]},
     }
 
 

@@ -57,8 +57,8 @@ def test_up_brings_rules_targets_and_alertmanager_together(stack: NativeStack, r
     rules = [rule for group in groups for rule in group["rules"]]
     assert [rule["name"] for rule in rules if rule["type"] == "alerting"] == [alert.name for alert in ALERTS]
     assert {group["name"]: group["interval"] for group in groups} == {
-        "obsinfra": 1,
-        "obsinfra-dashboards": 1,
+        "obsinfra": 0.5,
+        "obsinfra-dashboards": 0.5,
     }
     known = wait_for(
         lambda: get_json(f"{info.prometheus_url}/api/v1/alertmanagers")["data"]["activeAlertmanagers"],
