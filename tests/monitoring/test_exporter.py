@@ -27,7 +27,7 @@ from waiting import wait_for
 
 from obsinfra.catalog import metrics as catalog
 from obsinfra.errors import ConfigError
-from obsinfra.monitoring import exporter, training_monitor
+from obsinfra.monitoring import exporter, machine
 from obsinfra.monitoring.exporter import MetricsServer
 from obsinfra.monitoring.exposition import SampleCollector
 from obsinfra.monitoring.sample import Sample
@@ -447,7 +447,7 @@ def test_a_failing_sampler_is_counted_logged_once_and_training_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = FailingSampler()
-    monkeypatch.setattr(training_monitor, "HostSampler", lambda disk_path: sampler)
+    monkeypatch.setattr(machine, "HostSampler", lambda disk_path: sampler)
     monitor = TrainingMonitor("m", metrics_port=0, sample_seconds=0.01)
     with caplog.at_level(logging.ERROR), monitor:
         wait_for(lambda: sampler.calls >= 3, "three failed readings")
